@@ -1,0 +1,22 @@
+# make demo · make test · make docs: each makes .venv and installs what it needs, once
+PYTHON ?= python3
+bin = .venv/bin
+.PHONY: demo test docs readme
+
+.venv/installed: setup.cfg pyproject.toml
+	test -x $(bin)/python || $(PYTHON) -m venv .venv
+	$(bin)/pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: .venv/installed
+	@$(bin)/ranger-compare digits --epochs 10 --out demo
+
+test: .venv/installed
+	$(bin)/nbdev-test --n_workers 2 --do_print
+	$(bin)/pytest
+
+docs: .venv/installed readme
+	$(bin)/jupyter nbconvert --log-level WARN --to html --output-dir _docs nbs/*.ipynb
+
+readme: .venv/installed
+	$(bin)/jupyter nbconvert --log-level WARN --to markdown --template-file nbs/readme.md.j2 --stdout nbs/index.ipynb > README.md

@@ -1,0 +1,4 @@
+from .stepper import *
+from .radam import *
+from .lookahead import *
+from .optimizer import *

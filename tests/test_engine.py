@@ -1,0 +1,212 @@
+"What `MultiTensorOptimizer` guarantees, whatever the steppers"
+import copy, pickle, warnings
+from functools import partial
+
+import fastai.optimizer as stock
+import numpy as np
+import pytest
+import torch
+from fastai_ranger.all import *
+
+def param(*vals, grad=None, dtype=torch.float64):
+    p = torch.nn.Parameter(torch.tensor(vals, dtype=dtype))
+    p.grad = torch.ones_like(p) if grad is None else torch.tensor(grad, dtype=dtype)
+    return p
+
+calls = []
+@stepper
+def spy(p, lr, step=0, do_wd=True, **kwargs):
+    "Notes with how many tensors it was called"
+    calls.append((len(p), lr, step, do_wd))
+    return {'step': step+1}
+
+@pytest.fixture(autouse=True)
+def no_calls(): calls.clear()
+
+def test_one_call_for_parameters_that_are_alike():
+    opt = MultiTensorOptimizer([[param(1.), param(1., 2.)], [param(3.)]], spy, lr=.1)
+    opt.step()
+    assert calls == [(3, .1, 0, True)]
+
+def test_buckets_by_hypers_step_do_wd_and_dtype():
+    a,b,c,d,e = param(1.), param(1.), param(1.), param(1.), param(1., dtype=torch.float32)
+    opt = MultiTensorOptimizer([[a, b, e], [c, d]], spy, lr=.1)
+    opt.state[b]['do_wd'] = False
+    opt.state[d]['step'] = 7
+    opt.set_hyper('lr', [.1, .2])
+    opt.step()
+    assert sorted(calls) == sorted([(1, .1, 0, True), (1, .1, 0, False), (1, .1, 0, True), (1, .2, 0, True), (1, .2, 7, True)])
+    assert [opt.state[o]['step'] for o in (a, b, c, d, e)] == [1, 1, 1, 8, 1]
+
+def test_changes_between_steps_are_seen():
+    a,b = param(1.), param(1.)
+    opt = MultiTensorOptimizer([[a], [b]], spy, lr=.1)
+    def now():
+        calls.clear()
+        opt.step()
+        return [o[0] for o in calls]
+    assert now() == [2]
+    b.grad = None
+    assert now() == [1]
+    b.grad = torch.ones_like(b)
+    assert now() == [1, 1] # `b` is an update behind
+    opt.clear_state()
+    assert now() == [2]
+    opt.set_hyper('lr', [.1, .2])
+    assert now() == [1, 1]
+    opt.set_hyper('lr', .1)
+    opt.state[a] = {'step': 5}
+    assert now() == [1, 1]
+
+def test_plain_functions_and_partials_run_too():
+    "Stock steppers, a user's own, and partials of ours, before and after ours"
+    def halve(p, **kwargs): p.data.mul_(.5)
+    def odd(p, count=0, **kwargs): return {'count': count+1, 'flag': p.numel()%2}
+    ps = [param(1., 2.), param(3.)]
+    opt = MultiTensorOptimizer(ps, [odd, stock.step_stat, partial(average_grad, dampening=True), spy, halve, stock.momentum_step], lr=.1)
+    assert opt.hypers[0]['mom'] == .9 # a partial keeps the defaults of its function
+    opt.step()
+    assert sorted(o[0] for o in calls) == [1, 1] # `flag` differs
+    assert ps[0].tolist() == pytest.approx([.5-.01, 1-.01]) and ps[1].tolist() == pytest.approx([1.5-.01])
+    assert opt.state[ps[0]]['count'] == 1 and opt.state[ps[1]]['flag'] == 1
+
+def test_state_that_differs_in_kind():
+    "fastai's `Larc` keeps a number for some parameters and a tensor for others"
+    ours,theirs = ([param(1., 2.), param(1e-6), param(30., 2.)] for _ in range(2))
+    a = MultiTensorOptimizer(ours, [average_grad, partial(stock.larc_layer_lr, clip=True), stock.larc_step, spy], lr=.1, trust_coeff=.02, wd=0., eps=1e-8)
+    b = stock.Larc(theirs, lr=.1)
+    for _ in range(5): a.step(); b.step()
+    for o,t in zip(ours, theirs): assert torch.allclose(o, t, atol=1e-14)
+
+def test_missing_gradients_and_empty_groups():
+    a,b = param(1.), param(1.)
+    b.grad = None
+    opt = ranger([[a], [b], []], lr=.1)
+    for _ in range(7): opt.step()
+    assert b.item() == 1 and opt.state[b] == {} and a.item() < 1
+    a.grad = None
+    opt.step()
+
+def test_parameters_need_not_require_grad():
+    p = torch.ones(2)
+    p.grad = torch.ones(2)
+    ranger([p], lr=.1).step()
+    assert (p < 1).all()
+
+def test_storage_stays():
+    "Weights, averages and slow weights are updated in place"
+    ps = [param(1., 2.), param(3.)]
+    opt = ranger(ps, lr=.1)
+    opt.step()
+    def where(): return [p.data_ptr() for p in ps] + [opt.state[p][k].data_ptr() for p in ps for k in ('slow', 'grad_avg', 'sqr_avg')]
+    before = where()
+    for _ in range(20): opt.step()
+    assert where() == before
+
+def test_gradients_are_left_alone():
+    p = param(1., 2., grad=[.5, -.5])
+    opt = ranger([p], lr=.1, wd=.1)
+    for _ in range(8): opt.step()
+    assert p.grad.tolist() == [.5, -.5]
+
+def test_works_where_autograd_is_on():
+    w = torch.randn(3, requires_grad=True)
+    opt = ranger([w], lr=.1)
+    for _ in range(8):
+        (w**2).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    assert w.is_leaf and w.requires_grad and (w.grad == 0).all()
+
+def test_copy_and_pickle():
+    def go(opt, ps, n):
+        for i in range(n):
+            for p in ps: p.grad = torch.full_like(p, 1.+i)
+            opt.step()
+        return [p.tolist() for p in ps]
+    ps = [param(1., 2.), param(3.)]
+    opt = ranger(ps, lr=.1)
+    go(opt, ps, 9)
+    copies = copy.deepcopy((opt, ps)), pickle.loads(pickle.dumps((opt, ps)))
+    expected = go(opt, ps, 9)
+    for o in copies: assert go(*o, 9) == expected
+
+def test_steppers_pickle():
+    for f in (radam_step, fused_radam_step, slow_weights, lookahead_step, weight_decay, partial(ranger, k=5)):
+        g = pickle.loads(pickle.dumps(f))
+        assert g is f or g.func is f.func
+
+bad = [('k', 0), ('k', 2.5), ('k', float('inf')), ('k', None), ('alpha', -.1), ('alpha', 1.1), ('alpha', float('nan')), ('eps', -1e-9), ('mom', 1.), ('mom', -.1),
+       ('sqr_mom', 1), ('sqr_mom', -.5), ('lr', -1e-3), ('lr', float('nan')), ('lr', float('inf')), ('lr', '1e-3'), ('wd', -.01), ('beta', -1.)]
+
+@pytest.mark.parametrize('name,value', bad)
+def test_bad_hypers(name, value):
+    with pytest.raises(ValueError, match=rf'`{name}` must be a (whole )?number in \[.*, got {value!r}'): ranger([param(1.)], **{'lr': .1, name: value})
+    opt = ranger([[param(1.)], [param(2.)]], lr=.1)
+    before = copy.deepcopy(opt.hypers)
+    with pytest.raises(ValueError, match=f'`{name}` must be'): opt.set_hyper(name, [before[0][name], value]) # the second is bad: the first is not set either
+    assert opt.hypers == before
+
+good = [('k', 1), ('k', 6.), ('k', np.int64(5)), ('alpha', 0), ('alpha', 1), ('eps', 0), ('mom', 0), ('lr', 0), ('lr', np.float64(.1)), ('lr', torch.tensor(.1)), ('wd', 0), ('lr', 1e9)]
+
+@pytest.mark.parametrize('name,value', good)
+def test_good_hypers(name, value):
+    opt = ranger([param(1., 2.)], **{'lr': .1, name: value})
+    opt.set_hyper(name, value)
+    for _ in range(7): opt.step()
+
+def test_lr_slices():
+    opt = ranger([[param(1.)], [param(1.)], [param(1.)]], lr=slice(1e-4, 1e-2))
+    assert list(opt.hypers.itemgot('lr')) == pytest.approx([1e-4, 1e-3, 1e-2])
+
+def test_never_rectified_warns():
+    for sqr_mom in (0., .5, 2/3):
+        with pytest.warns(UserWarning, match='rectifies only above 2/3'): opt = ranger([param(1.)], lr=.1, sqr_mom=sqr_mom)
+        for _ in range(7): opt.step()
+    opt = ranger([param(1.)], lr=.1)
+    with pytest.warns(UserWarning): opt.set_hyper('sqr_mom', .3)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        ranger([param(1.)], lr=.1, sqr_mom=.7)
+
+def _unsteppable():
+    emb = torch.nn.Embedding(3, 2, sparse=True)
+    emb(torch.tensor([1])).sum().backward()
+    cplx = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    cplx.grad = torch.ones_like(cplx)
+    ints = torch.ones(2, dtype=torch.int32)
+    ints.grad = torch.ones(2, dtype=torch.int32)
+    f8 = torch.ones(2).to(torch.float8_e4m3fn)
+    f8.grad = torch.ones(2).to(torch.float8_e4m3fn)
+    return dict(sparse=emb.weight, complex=cplx, int32=ints, float8=f8)
+
+@pytest.mark.parametrize('kind', ['sparse', 'complex', 'int32', 'float8'])
+@pytest.mark.parametrize('opt_func', [ranger, RAdam, partial(MultiTensorOptimizer, cbs=stock.sgd_step)])
+def test_unsteppable_moves_nothing(kind, opt_func):
+    good,bad = param(1., 2.), _unsteppable()[kind]
+    opt = opt_func([[good], [bad]], lr=.1)
+    with pytest.raises(ValueError, match=rf'cannot step parameter 0 of group 1, shape \(.*{kind}'): opt.step()
+    assert good.tolist() == [1, 2] and 'step' not in opt.state[good]
+
+@pytest.mark.parametrize('params,match', [([], 'empty'), ([[], []], 'empty'), ([{'params': []}], 'dict'), ([1.], 'float')])
+def test_bad_params(params, match):
+    with pytest.raises(ValueError, match=f'`params`.*{match}'): ranger(params, lr=.1)
+
+def test_a_parameter_given_twice():
+    p = param(1.)
+    with pytest.raises(ValueError, match='more than once'): ranger([[p], [p]], lr=.1)
+
+def test_closure():
+    with pytest.raises(NotImplementedError, match='closure'): ranger([param(1.)], lr=.1).step(lambda: 0)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_low_precision_follows_float64(dtype):
+    "to its own precision, and mixed with others in one optimizer"
+    torch.manual_seed(0)
+    a,b = torch.ones(8, dtype=dtype),torch.ones(8, dtype=torch.float64)
+    opt = ranger([a, b], lr=1e-2)
+    for _ in range(24):
+        b.grad = torch.randn(8, dtype=torch.float64)
+        a.grad = b.grad.to(dtype)
+        opt.step()
+    assert (a.double()-b).abs().max() < 24*torch.finfo(dtype).eps and not torch.equal(b, torch.ones_like(b))
