@@ -3,7 +3,7 @@ PYTHON ?= python3
 bin = .venv/bin
 .PHONY: demo test docs readme
 
-.venv/installed: setup.cfg pyproject.toml
+.venv/installed: setup.cfg
 	test -x $(bin)/python || $(PYTHON) -m venv .venv
 	$(bin)/pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@

@@ -123,30 +123,31 @@ def plot_curves(
     title='' # Of the figure
 ):
     "Accuracy over the epochs, accuracy at the end, and where the time goes"
-    fig,(ax,end,time) = plt.subplots(1, 3, figsize=(13, 4), width_ratios=[2.2, 1.3, 1.3], layout='constrained')
+    fig = plt.figure(figsize=(13, 4), layout='constrained')
+    axs = ax,end,time = fig.subplots(1, 3, width_ratios=[2.2, 1.3, 1.3])
     fig.suptitle(title, x=.01, ha='left', weight='bold')
-    table = summarize(df)
+    table,pct = summarize(df),df.accuracy*100
     for name in table.index[::-1]:
-        acc = df[df.optimizer==name].groupby('epoch').accuracy.agg(['mean', 'min', 'max'])*100
+        acc = pct[df.optimizer==name].groupby(df.epoch).agg(['mean', 'min', 'max'])
+        above = dict(ls='--', lw=1.2, zorder=3) if name=='stock' else dict(lw=2.2)
         ax.fill_between(acc.index, acc['min'], acc['max'], color=colors[name], alpha=.12, lw=0)
-        ax.plot(acc.index, acc['mean'], '--' if name=='stock' else '-', color=colors[name], lw=1.2 if name=='stock' else 2.2, zorder=3 if name=='stock' else 2)
-    for i,name in enumerate(table.index):
-        runs = df[(df.optimizer==name) & (df.epoch==df.epoch.max())].accuracy*100
+        ax.plot(acc.index, acc['mean'], color=colors[name], **above)
+    for i,(name,row) in enumerate(table.iterrows()):
+        runs = pct[(df.optimizer==name) & (df.epoch==df.epoch.max())]
         end.plot(runs, [i]*len(runs), 'o', color=colors[name], alpha=.45, mew=0)
-        end.plot(runs.mean(), i, '|', color=colors[name], ms=20, mew=3)
-        secs,share = table.loc[name, ['seconds_per_epoch', 'optimizer_share']]
-        time.barh(i, secs, color=colors[name], alpha=.25)
-        time.barh(i, secs*share, color=colors[name])
-        time.annotate(f'{share:.0%}', (secs, i), (4, 0), textcoords='offset points', va='center')
-    low = df[df.epoch==df.epoch.max()].accuracy.min()
-    ax.set(title='Accuracy (%), mean and range of the seeds', xlabel='epoch', xlim=(1, max(df.epoch.max(), 2)), ylim=(max(0, 100-6*(100-100*low)), 100.5))
-    end.set(title='Accuracy at the end (%)', yticks=range(len(table)), yticklabels=table.index)
-    time.set(title='Seconds an epoch, of which optimizer', yticks=range(len(table)), yticklabels=[])
-    for o in (end, time): o.invert_yaxis()
-    for o in (ax, end, time):
-        o.title.set_fontsize(10)
-        o.spines[['top', 'right']].set_visible(False)
+        end.plot(runs.mean(), i, '|', color=colors[name], ms=22, mew=3)
+        time.barh(i, row.seconds_per_epoch, color=colors[name], alpha=.25)
+        time.barh(i, row.seconds_per_epoch*row.optimizer_share, color=colors[name])
+        time.annotate(f'{row.optimizer_share:.0%}', (row.seconds_per_epoch, i), (4, 0), textcoords='offset points', va='center')
+    ax.set_title('Accuracy (%): mean and range of the seeds', fontsize=10)
+    ax.set(xlabel='epoch', ylim=(max(0, np.percentile(pct, 10)-4), min(100, pct.max()+1)))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    end.set_title('at the end: each seed and the mean', fontsize=10)
+    time.set_title('Seconds an epoch, optimizer darker', fontsize=10)
+    for o in (end, time): o.set(yticks=range(len(table)), yticklabels=table.index, ylim=(len(table)-.5, -.5))
+    time.set(yticklabels=[], xlim=(0, table.seconds_per_epoch.max()*1.15))
     for tick,name in zip(end.get_yticklabels(), table.index): tick.set(color=colors[name], weight='bold')
+    for o in axs: o.spines[['top', 'right']].set_visible(False)
     return fig
 
 # %% ../nbs/10_compare.ipynb #db8a7dec
@@ -170,7 +171,7 @@ def parse_lrs(
 def check_args(data, opts, epochs, lr, sched, seeds, bs, size, model, out):
     "What `compare` needs, as a dict; `ValueError` if the arguments cannot work"
     def one_of(name, value, allowed):
-        if value not in allowed: raise ValueError(f"{name} must be {', '.join(allowed)}, got {value}")
+        if value not in allowed: raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
     def at_least_1(name, value):
         if value < 1: raise ValueError(f"{name} must be at least 1, got {value}")
     names = [o.strip() for o in opts.split(',')]
@@ -224,7 +225,9 @@ def compare(
 @delegates(compare)
 def ranger_compare(data, **kwargs):
     "Train one model with several optimizers on real data, and see who wins"
-    try: check_args(data, **kwargs)
+    args = signature(compare).bind(data, **kwargs)
+    args.apply_defaults()
+    try: check_args(**args.arguments)
     except ValueError as e:
         print(f"ranger-compare: {e}", file=sys.stderr)
         sys.exit(2)

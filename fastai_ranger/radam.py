@@ -101,8 +101,7 @@ def fused_radam_step(
     kernel,wd = (torch._fused_adamw_, wd/r) if decouple_wd else (torch._fused_adam_, wd)
     kernel(w, g, grad_avg, sqr_avg, [], [count]*len(p), lr=lr*r, beta1=mom, beta2=sqr_mom, weight_decay=wd if do_wd else 0.,
            eps=eps, amsgrad=False, maximize=False)
-    for o,new in zip(p, w):
-        if o is not new: o.copy_(new)
+    if w is not p: torch._foreach_copy_(p, w)
     return dict(step=step+1, grad_avg=grad_avg, sqr_avg=sqr_avg)
 
 fused_radam_step.defaults = dict(wd=0., eps=1e-5, beta=0.)

@@ -198,7 +198,12 @@ def _check_grad(p, name):
     raise ValueError(f"cannot step {name}, shape {tuple(p.shape)}: its dtype is {p.dtype}, its gradient's {g.dtype} ({g.layout}); "
         "both must be dense and of one dtype: float16, bfloat16, float32 or float64")
 
-# %% ../nbs/00_stepper.ipynb #53811151
+# %% ../nbs/00_stepper.ipynb #02db1000
+def _values(names):
+    "Function that gets the values of `names` from a dict"
+    names = list(names)
+    return itemgetter(*names) if names else lambda _: None
+
 @patch
 def buckets(self:MultiTensorOptimizer)->list: # `Bucket`s, in the order of their first parameters
     "The parameters that have a gradient, in buckets"
@@ -209,13 +214,14 @@ def buckets(self:MultiTensorOptimizer)->list: # `Bucket`s, in the order of their
             if (g := p.grad) is None: continue
             state = self.state[p]
             names = tuple(state)
-            if names not in plain: plain[names] = [k for k,v in state.items() if isinstance(v, _plain)]
-            key = group, p.device, p.dtype, g.dtype, g.layout, names, *[state[k] for k in plain[names]]
-            if key not in res:
+            if (values := plain.get(names)) is None:
+                values = plain[names] = _values(k for k,v in state.items() if isinstance(v, _plain))
+            key = group, p.device, p.dtype, g.dtype, g.layout, names, values(state)
+            if (b := res.get(key)) is None:
                 _check_grad(p, f"parameter {j} of group {i}")
-                res[key] = Bucket(hyper)
-            res[key].params.append(p)
-            res[key].states.append(state)
+                b = res[key] = Bucket(hyper)
+            b.params.append(p)
+            b.states.append(state)
     return list(res.values())
 
 # %% ../nbs/00_stepper.ipynb #3e0b6b78

@@ -1,0 +1,78 @@
+"`ranger` in a real `Learner`, on real data"
+import warnings
+from functools import partial
+
+import fastai.callback.schedule
+import fastai.optimizer as stock
+import pytest
+import torch
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.torch_core import params, set_seed
+from fastai_ranger.all import ranger
+from fastai_ranger.compare import cnn, digits_dls
+
+def learner(opt_func, **kwargs):
+    set_seed(0, reproducible=True)
+    dls = digits_dls()
+    dls.train.n = 512 # eight batches an epoch
+    learn = Learner(dls, cnn(c_in=1), loss_func=CrossEntropyLossFlat(), metrics=accuracy, opt_func=opt_func, **kwargs)
+    return learn
+
+def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+def halves(model): return [params(model[:2]), params(model[2:])]
+
+def fit_flat_cos(learn): learn.fit_flat_cos(2, 8e-3)
+def fit_one_cycle(learn): learn.fit_one_cycle(2, 8e-3)
+def fine_tune(learn): learn.fine_tune(1, 8e-3)
+def discriminative(learn): learn.fit_flat_cos(2, slice(1e-3, 1e-2))
+
+@pytest.mark.parametrize('fit', [fit_flat_cos, fit_one_cycle, fine_tune, discriminative])
+@pytest.mark.parametrize('kwargs', [{}, dict(mom=.95, sqr_mom=.99, eps=1e-6, beta=0), dict(decouple_wd=False, k=3, alpha=.8)])
+def test_ends_where_stock_does(fit, kwargs):
+    learns = [learner(partial(f, **kwargs) if kwargs else f, splitter=halves) for f in (ranger, stock.ranger)]
+    for o in learns:
+        with o.no_bar(), o.no_logging(): fit(o)
+    ours,theirs = map(weights, learns)
+    assert (ours-theirs).abs().max() < 2e-4 # sixteen batches of float32
+    assert [list(o.opt.hypers.itemgot('lr')) for o in learns[:1]] == [list(o.opt.hypers.itemgot('lr')) for o in learns[1:]]
+
+def test_no_decay_of_norms_and_biases():
+    learn = learner(ranger)
+    learn.create_opt()
+    for p in learn.model.parameters(): p.grad = torch.zeros_like(p)
+    before = {n: p.detach().clone() for n,p in learn.model.named_parameters()}
+    learn.opt.set_hyper('wd', .1)
+    learn.opt.set_hyper('lr', .1)
+    learn.opt.step()
+    for n,p in learn.model.named_parameters(): assert torch.allclose(p, before[n]*(1 if p.ndim==1 else .99)), n
+
+def test_bare_loop():
+    set_seed(0)
+    dls,model = digits_dls(),cnn(c_in=1)
+    opt = ranger(model.parameters(), 8e-3)
+    losses = []
+    for i,(x,y) in enumerate(dls.train):
+        if i==15: opt.set_hyper('lr', 1e-3)
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]*.9 and opt.hypers[0]['lr']==1e-3
+
+def test_saved_and_loaded(tmp_path):
+    learn = learner(ranger, path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 8e-3)
+    learn.save('x')
+    saved = weights(learn)
+    other = learner(ranger, path=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error') # fastai warns where an optimizer's state cannot be loaded
+        other.load('x')
+    assert torch.equal(weights(other), saved)
+    for p,q in zip(learn.model.parameters(), other.model.parameters()):
+        a,b = learn.opt.state[p],other.opt.state[q]
+        assert a.keys() == b.keys() and {'slow', 'slow_step', 'step'} <= a.keys()
+        for k in a: assert torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k]))
