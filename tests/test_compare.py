@@ -10,6 +10,9 @@ from fastai_ranger.compare import compare, ranger_compare
 from PIL import Image
 from sklearn.datasets import load_digits
 
+command = Path(sys.executable).parent/'ranger-compare'
+command_func = ranger_compare.__wrapped__ # older versions of `call_parse` read pytest's own arguments
+
 def write_images(path, splits, n=40):
     "Real scans as PNG files, `n` of each split, in folders by class"
     data = load_digits()
@@ -40,7 +43,7 @@ wrong = [
 def test_wrong_arguments(kwargs, message, tmp_path, capsys):
     "One line, exit status 2; `ValueError` for those who call the function"
     kwargs = dict(out=str(tmp_path/'out'), **kwargs)
-    with pytest.raises(SystemExit) as e: ranger_compare(**kwargs)
+    with pytest.raises(SystemExit) as e: command_func(**kwargs)
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.startswith(f'ranger-compare: {message}') and err.count('\n') == 1
     with pytest.raises(ValueError): compare(**kwargs)
@@ -50,17 +53,17 @@ def test_folder_without_splits(tmp_path, capsys):
     for splits in ((), ('train',), ('valid', 'test')):
         write_images(tmp_path/'_'.join(('x', *splits)), splits, n=1)
         (tmp_path/'_'.join(('x', *splits))).mkdir(exist_ok=True)
-        with pytest.raises(SystemExit): ranger_compare(str(tmp_path/'_'.join(('x', *splits))))
+        with pytest.raises(SystemExit): command_func(str(tmp_path/'_'.join(('x', *splits))))
         assert 'must have a folder train/ and one of valid/, val/ and test/' in capsys.readouterr().err
 
 def test_folder_without_images(tmp_path, capsys):
     for o in ('train', 'val'): (tmp_path/o).mkdir()
-    with pytest.raises(SystemExit): ranger_compare(str(tmp_path))
+    with pytest.raises(SystemExit): command_func(str(tmp_path))
     assert 'no images in' in capsys.readouterr().err
 
 def test_out_that_is_a_file(tmp_path, capsys):
     (tmp_path/'out').touch()
-    with pytest.raises(SystemExit): ranger_compare('digits', out=str(tmp_path/'out'))
+    with pytest.raises(SystemExit): command_func('digits', out=str(tmp_path/'out'))
     assert 'cannot make the folder' in capsys.readouterr().err
 
 @pytest.mark.parametrize('valid', ['valid', 'val', 'test'])
@@ -78,7 +81,6 @@ def test_a_seed_is_the_same_start_for_all(tmp_path):
     losses = df.groupby('seed').train_loss
     assert (losses.max()-losses.min()).max() < 1e-4 and losses.mean().nunique() == 2
 
-command = Path(sys.executable).parent/'ranger-compare'
 
 def test_exit_status():
     res = subprocess.run([command, 'digits', '--opts', 'nope'], capture_output=True, text=True)
