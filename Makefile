@@ -12,7 +12,7 @@ demo: .venv/installed
 	@$(bin)/ranger-compare digits --epochs 10 --out demo
 
 test: .venv/installed
-	$(bin)/nbdev-test --n_workers 2 --do_print
+	$(bin)/nbdev-test
 	$(bin)/pytest
 
 docs: .venv/installed readme

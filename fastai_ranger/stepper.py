@@ -137,7 +137,7 @@ def in_range(
 common_checks = dict(lr=in_range(0), wd=in_range(0), eps=in_range(0), mom=in_range(0, 1), sqr_mom=in_range(0, 1))
 
 # %% ../nbs/00_stepper.ipynb #b9dda582
-_plain = (bool, int, float, str, tuple, type(None))
+_plain = (bool, int, float, str, type(None))
 
 # %% ../nbs/00_stepper.ipynb #081677a5
 class Bucket:
@@ -229,14 +229,14 @@ def buckets(self:MultiTensorOptimizer)->list: # `Bucket`s, in the order of their
 def step(self:MultiTensorOptimizer, closure=None):
     "Update every parameter that has a gradient"
     if closure is not None: raise NotImplementedError("fastai optimizers do not take a closure")
-    buckets = self.buckets()
+    buckets = self.buckets() # raises if a gradient cannot be stepped
     for multi,cbs in groupby(self.cbs, _is_multi):
         cbs = list(cbs)
         if multi:
-            for b in buckets: b.run(cbs)
+            for b in buckets or self.buckets(): b.run(cbs)
         else:
             for p,_,state,hyper in self.all_params(with_grad=True):
                 for cb in cbs:
                     res = cb(p, **{**state, **hyper})
                     if isinstance(res, dict): state.update(res)
-            buckets = self.buckets()
+            buckets = None
