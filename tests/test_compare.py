@@ -93,8 +93,11 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path):
         assert p.poll() is None, p.stderr.read()
         time.sleep(.1)
     time.sleep(1)
-    p.send_signal(signal.SIGINT)
-    out,err = p.communicate(timeout=60)
+    for _ in range(3): # Python drops one that comes while it runs a destructor
+        p.send_signal(signal.SIGINT)
+        try: out,err = p.communicate(timeout=30)
+        except subprocess.TimeoutExpired: continue
+        break
     assert p.returncode == 130 and 'Traceback' not in err, err
     df = pd.read_csv(tmp_path/'results.csv')
     assert len(df) % 5 == 0 and 5 <= len(df) < 500
