@@ -66,7 +66,8 @@ def _aligned(
     *others # Lists of tensors that go with `p`
 )->tuple: # `p` and `others`, alike in memory; what already was, is the same tensor
     "`p` and `others` with equal strides and no holes"
-    if all(_strides(o)==_strides(p) for o in others): return p,*others
+    strides = _strides(p)
+    if all(_strides(o)==strides for o in others): return p,*others
     def fit(t, to): return t if t.stride()==to.stride() else to.copy_(t)
     dense = [fit(o, torch.empty_like(o)) for o in p]
     return dense,*([t if t.stride()==o.stride() else torch.empty_like(o).copy_(t) for t,o in zip(ts, dense)] for ts in others)
