@@ -55,6 +55,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastai_ranger.stepper.MultiTensorOptimizer.step': ( 'stepper.html#multitensoroptimizer.step',
                                                                                             'fastai_ranger/stepper.py'),
                                        'fastai_ranger.stepper._check_grad': ('stepper.html#_check_grad', 'fastai_ranger/stepper.py'),
+                                       'fastai_ranger.stepper._defaults': ('stepper.html#_defaults', 'fastai_ranger/stepper.py'),
                                        'fastai_ranger.stepper._func': ('stepper.html#_func', 'fastai_ranger/stepper.py'),
                                        'fastai_ranger.stepper._is_multi': ('stepper.html#_is_multi', 'fastai_ranger/stepper.py'),
                                        'fastai_ranger.stepper._values': ('stepper.html#_values', 'fastai_ranger/stepper.py'),

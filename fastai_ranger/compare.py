@@ -54,7 +54,13 @@ def folder_dls(
     valid = first(o for o in ('valid', 'val', 'test') if (path/o).is_dir())
     if not valid or not (path/'train').is_dir():
         raise ValueError(f"{path} must have a folder train/ and one of valid/, val/ and test/")
-    if not all(get_image_files(path/o) for o in ('train', valid)): raise ValueError(f"no images in {path}/train or {path}/{valid}")
+    files = {o: get_image_files(path/o) for o in ('train', valid)}
+    for split,fs in files.items():
+        if not fs: raise ValueError(f"no images in {path/split}")
+        for f in fs:
+            if f.parent.parent != path/split: raise ValueError(f"{f} is not in a folder of {path/split} that names its class")
+    unknown = {f.parent.name for f in files[valid]} - {f.parent.name for f in files['train']}
+    if unknown: raise ValueError(f"{path/valid} has classes that {path/'train'} has not: {', '.join(sorted(unknown))}")
     return ImageDataLoaders.from_folder(path, train='train', valid=valid, bs=bs, item_tfms=[RandomResizedCrop(size or 64, min_scale=.35), FlipItem(.5)],
                                         batch_tfms=Normalize.from_stats(*imagenet_stats))
 
@@ -64,7 +70,7 @@ def cnn(n_out=10, c_in=3):
     return nn.Sequential(ConvLayer(c_in, 32), ConvLayer(32, 64, stride=2), ConvLayer(64, 128, stride=2),
                          nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(128, n_out))
 
-models = dict(cnn=cnn, **{o: getattr(xresnet, o) for o in xresnet.__all__ if o.startswith(('xresnet', 'xse'))})
+models = dict(cnn=cnn, **{o: getattr(xresnet, o) for o in xresnet.__all__ if o.startswith(('xresnet', 'xse_'))})
 
 # %% ../nbs/10_compare.ipynb #422d6507
 def _now():

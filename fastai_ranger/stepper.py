@@ -8,8 +8,8 @@ __all__ = ['common_checks', 'stepper', 'grads', 'sgd_step', 'average_grad', 'ave
 
 # %% ../nbs/00_stepper.ipynb #f67ab4fb
 import math,torch
-from functools import wraps
-from itertools import groupby
+from functools import partial,wraps
+from itertools import groupby,repeat
 from numbers import Real
 from operator import itemgetter
 from torch import Tensor
@@ -25,8 +25,8 @@ def stepper(f):
         if isinstance(p, list): return f(p, *args, **kwargs)
         one = lambda o: [o] if isinstance(o, Tensor) else o
         new = f([p], *map(one, args), **{k:one(v) for k,v in kwargs.items()})
-        if isinstance(new, dict): return {k: v[0] if isinstance(v, list) else v for k,v in new.items()}
-    _f.multi = True
+        if isinstance(new, dict): return {k: v[0] if isinstance(v, (list,tuple)) else v for k,v in new.items()}
+    _f.multi = _f # not `True`, which `wraps` would copy to a function around this one
     return _f
 
 # %% ../nbs/00_stepper.ipynb #f025f604
@@ -101,7 +101,7 @@ def weight_decay(
     do_wd=True, # Decay these? (fastai's `Learner` says `False` for norms and biases)
     **kwargs
 ):
-    "Decay `p` by `lr*wd`: decoupled weight decay (arXiv 1711.05101)"
+    "Decay `p` by `lr*wd`: decoupled weight decay, as in PyTorch's AdamW"
     if do_wd and wd: torch._foreach_mul_(p, 1-lr*wd)
 
 weight_decay.defaults = dict(wd=0.)
@@ -152,14 +152,16 @@ class Bucket:
             res = cb(self.params, **{**old, **new, **self.hyper})
             if isinstance(res, dict): new.update(res)
         for k,v in new.items():
-            if not isinstance(v, list):
-                for s in self.states: s[k] = v
-            elif v is not old.get(k):
-                for s,o in zip(self.states, v): s[k] = o
+            for s,o in zip(self.states, v if isinstance(v, (list,tuple)) else repeat(v)): s[k] = o
 
-# %% ../nbs/00_stepper.ipynb #fa11ad02
-def _func(cb): return getattr(cb, 'func', cb)
-def _is_multi(cb): return getattr(_func(cb), 'multi', False)
+# %% ../nbs/00_stepper.ipynb #c7eaf5a9
+def _func(cb): return cb.func if isinstance(cb, partial) else cb
+def _is_multi(cb): return getattr(_func(cb), 'multi', None) is _func(cb)
+
+def _defaults(cb):
+    "The `defaults` of `cb`, less what a partial has settled"
+    settled = cb.keywords if isinstance(cb, partial) else {}
+    return {k:v for k,v in getattr(_func(cb), 'defaults', {}).items() if k not in settled}
 
 # %% ../nbs/00_stepper.ipynb #b1837d14
 class MultiTensorOptimizer(Optimizer):
@@ -170,12 +172,12 @@ class MultiTensorOptimizer(Optimizer):
         **defaults # Hypers, one value for all groups; what is not given here comes from the `defaults` of `cbs`
     ):
         params,cbs = L(params),L(cbs)
-        ps = [p for o in params for p in (o if isinstance(o, (list,L)) else [o])]
+        ps = [p for o in params for p in o] if params and isinstance(params[0], (list,L)) else list(params)
         if not ps: raise ValueError("`params` is empty: there is nothing to optimize")
         for p in ps:
             if not isinstance(p, Tensor): raise ValueError(f"`params` must hold tensors or lists of tensors, got {type(p)}")
         if len(set(ps)) < len(ps): raise ValueError("`params` has a parameter more than once")
-        super().__init__(params, cbs, **merge(*(getattr(_func(cb), 'defaults', {}) for cb in cbs), defaults))
+        super().__init__(params, cbs, **merge(*map(_defaults, cbs), defaults))
 
     def set_hyper(self, k, v):
         "Set hyper `k` to `v`: a value for all groups, or a list or slice with one for each"

@@ -6,7 +6,8 @@ import matplotlib
 matplotlib.use('agg')
 import pandas as pd
 import pytest
-from fastai_ranger.compare import compare, ranger_compare
+import torch
+from fastai_ranger.compare import compare, models, ranger_compare
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -60,6 +61,19 @@ def test_folder_without_images(tmp_path, capsys):
     for o in ('train', 'val'): (tmp_path/o).mkdir()
     with pytest.raises(SystemExit): command_func(str(tmp_path))
     assert 'no images in' in capsys.readouterr().err
+
+def test_folders_that_cannot_be_trained_on(tmp_path, capsys):
+    path = write_images(tmp_path/'data', ('train', 'valid'))
+    for extra,message in (('valid/unheard/1.png', 'has classes that'), ('train/1.png', 'is not in a folder of'), ('train/0/deep/1.png', 'is not in a folder of')):
+        (path/extra).parent.mkdir(exist_ok=True)
+        Image.new('L', (8, 8)).save(path/extra)
+        with pytest.raises(SystemExit): command_func(str(path), bs=8)
+        assert message in capsys.readouterr().err
+        (path/extra).unlink()
+
+def test_every_model_can_be_made():
+    with torch.device('meta'):
+        for model in models.values(): assert list(model(n_out=2, c_in=1).parameters())[-1].shape == (2,)
 
 def test_out_that_is_a_file(tmp_path, capsys):
     (tmp_path/'out').touch()

@@ -1,5 +1,5 @@
 "What `MultiTensorOptimizer` guarantees, whatever the steppers"
-import copy, pickle, warnings
+import copy, functools, pickle, warnings
 from functools import partial
 
 import fastai.optimizer as stock
@@ -69,6 +69,54 @@ def test_plain_functions_and_partials_run_too():
     assert sorted(o[0] for o in calls) == [1, 1] # `flag` differs
     assert ps[0].tolist() == pytest.approx([.5-.01, 1-.01]) and ps[1].tolist() == pytest.approx([1.5-.01])
     assert opt.state[ps[0]]['count'] == 1 and opt.state[ps[1]]['flag'] == 1
+
+def test_a_partial_settles_a_hyper():
+    def run(cls, stepper):
+        p = param(1., 2.)
+        opt = cls([p], [stepper, stock.momentum_step], lr=.1)
+        for _ in range(3): opt.step()
+        return p.tolist(), opt.hypers[0].get('mom')
+    settled = run(stock.Optimizer, partial(stock.average_grad, mom=.5))
+    for f in (stock.average_grad, average_grad): assert run(MultiTensorOptimizer, partial(f, mom=.5)) == settled
+    p = param(1.)
+    opt = MultiTensorOptimizer([p], [slow_weights, sgd_step, partial(lookahead_step, k=2)], lr=.1)
+    for _ in range(2): opt.step()
+    assert p.item() == pytest.approx(.9)
+
+class Logged:
+    "A callable of the user's, with an attribute that is called `func`"
+    def __init__(self, func): self.func,self.n = func,0
+    def __call__(self, p, **kwargs):
+        self.n += 1
+        return self.func(p, **kwargs)
+
+def test_wrapped_steppers_get_one_tensor():
+    @functools.wraps(sgd_step)
+    def wrapped(p, **kwargs):
+        p.data.add_(1.)
+        return sgd_step(p, **kwargs)
+    logged,ps = Logged(sgd_step),[param(1.), param(2., 3.)]
+    opt = MultiTensorOptimizer(ps, [logged, wrapped], lr=.5)
+    opt.step()
+    assert logged.n == 2 and ps[1].tolist() == pytest.approx([2., 3.])
+
+@stepper
+def replaces(p, avg=None, **kwargs):
+    "Puts new tensors into the list it was given"
+    if avg is None: avg = [torch.zeros_like(o) for o in p]
+    for i,o in enumerate(p): avg[i] = avg[i]*.5 + o.grad
+    return {'avg': avg}
+
+@stepper
+def returns_tuple(p, avg=None, **kwargs): return {'avg': tuple(torch._foreach_add(grads(p) if avg is None else avg, 1.))}
+
+@pytest.mark.parametrize('cls', (stock.Optimizer, MultiTensorOptimizer))
+@pytest.mark.parametrize('cb,expected', [(replaces, [1.75, 3.5]), (returns_tuple, [4., 5.])])
+def test_new_state_is_kept(cls, cb, expected):
+    ps = [param(1., 2., grad=[1., 2.]), param(3.)]
+    opt = cls(ps, cb, lr=.1)
+    for _ in range(3): opt.step()
+    assert opt.state[ps[0]]['avg'].tolist() == expected
 
 def test_state_that_differs_in_kind():
     "fastai's `Larc` keeps a number for some parameters and a tensor for others"
@@ -188,7 +236,7 @@ def test_unsteppable_moves_nothing(kind, opt_func):
     with pytest.raises(ValueError, match=rf'cannot step parameter 0 of group 1, shape \(.*{kind}'): opt.step()
     assert good.tolist() == [1, 2] and 'step' not in opt.state[good]
 
-@pytest.mark.parametrize('params,match', [([], 'empty'), ([[], []], 'empty'), ([{'params': []}], 'dict'), ([1.], 'float')])
+@pytest.mark.parametrize('params,match', [([], 'empty'), ([[], []], 'empty'), ([{'params': []}], 'dict'), ([1.], 'float'), ([torch.ones(1), [torch.ones(1)]], 'list')])
 def test_bad_params(params, match):
     with pytest.raises(ValueError, match=f'`params`.*{match}'): ranger(params, lr=.1)
 
