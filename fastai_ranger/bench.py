@@ -9,8 +9,8 @@ __all__ = ['bench_funcs', 'tensors', 'time_steps', 'ranger_bench']
 from functools import partial
 import fastai.optimizer as stock
 import pandas as pd,torch
+from timeit import Timer
 from fastcore.script import call_parse
-from torch.utils.benchmark import Timer
 from torchvision.models import resnet50
 from .optimizer import ranger
 
@@ -33,10 +33,13 @@ def time_steps(
     rounds:int=20 # Rounds of six steps
 )->pd.DataFrame: # A row for each optimizer
     "Milliseconds of a step"
-    timers = {k: Timer('opt.step()', globals=dict(opt=f(tensors(name), lr=1e-3)), num_threads=torch.get_num_threads()) for k,f in bench_funcs.items()}
-    times = pd.DataFrame([{k: t.timeit(6).mean*1000 for k,t in timers.items()} for _ in range(rounds+2)][2:]) # two rounds to warm up
-    ms = times.median()
-    return pd.DataFrame(dict(ms=ms, q25=times.quantile(.25), q75=times.quantile(.75), x_stock=ms['stock']/ms, x_adamw=ms/ms['adamw_fused']))
+    timers = {k: Timer('opt.step()', globals=dict(opt=f(tensors(name), lr=1e-3))) for k,f in bench_funcs.items()}
+    times = pd.DataFrame([dict(optimizer=k, round=i, ms=t.timeit(1)*1000) for i in range(rounds+2) for k,t in timers.items() for _ in range(6)])
+    times = times[times['round'] > 1] # two rounds to warm up
+    cycles = times.groupby(['optimizer', 'round']).ms.mean().groupby('optimizer')
+    res = pd.DataFrame(dict(step=times.groupby('optimizer').ms.median(), cycle=cycles.median(), q25=cycles.quantile(.25), q75=cycles.quantile(.75)))
+    for o in ('step', 'cycle'): res[f'{o}_x_stock'],res[f'{o}_x_adamw'] = res[o]['stock']/res[o],res[o]/res[o]['adamw_fused']
+    return res.loc[list(bench_funcs)]
 
 # %% ../nbs/11_bench.ipynb #5a6b6177
 @call_parse
@@ -45,4 +48,4 @@ def ranger_bench(
 ):
     "Time a step of `ranger`, fastai's `ranger`, fused AdamW and SGD on two lists of tensors"
     for name in ('resnet50', 'small'):
-        print(f"\n{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, CPU\n{time_steps(name, rounds).round(2)}", flush=True)
+        print(f"\n{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, CPU\n{time_steps(name, rounds).round(2).to_string()}", flush=True)

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['opt_funcs', 'usual_lrs', 'scheds', 'models', 'colors', 'digits_dls', 'folder_dls', 'cnn', 'StepTimer', 'train_run',
-           'summarize', 'plot_curves', 'parse_lrs', 'check_args', 'compare', 'ranger_compare']
+           'summarize', 'plot_curves', 'parse_lrs', 'ArgumentError', 'check_args', 'compare', 'ranger_compare']
 
 # %% ../nbs/10_compare.ipynb #e613daa7
 import sys
 from functools import partial
-from inspect import signature
 from time import perf_counter
 import fastai.optimizer as stock
 import fastai.vision.models.xresnet as xresnet
@@ -173,7 +172,9 @@ def parse_lrs(
         if not 0 < v < math.inf: raise ValueError(f"lr of {k} must be above 0, got {v}")
     return lrs
 
-# %% ../nbs/10_compare.ipynb #735b9869
+# %% ../nbs/10_compare.ipynb #d3f66798
+class ArgumentError(ValueError): "An argument of `compare` that cannot work"
+
 def check_args(data, opts, epochs, lr, sched, seeds, bs, size, model, out):
     "What `compare` needs, as a dict; `ValueError` if the arguments cannot work"
     def one_of(name, value, allowed):
@@ -209,7 +210,8 @@ def compare(
     out:str='ranger-compare' # Folder for `results.csv` and `curves.png`
 )->pd.DataFrame: # A row for each optimizer, seed and epoch
     "Train one model with several optimizers on real data"
-    todo = check_args(data, opts, epochs, lr, sched, seeds, bs, size, model, out)
+    try: todo = check_args(data, opts, epochs, lr, sched, seeds, bs, size, model, out)
+    except ValueError as e: raise ArgumentError(e) from None
     rows,lrs = [],todo['lrs']
     try:
         for i,(seed,name) in enumerate(itertools.product(range(seeds), lrs)):
@@ -231,11 +233,8 @@ def compare(
 @delegates(compare)
 def ranger_compare(data, **kwargs):
     "Train one model with several optimizers on real data, and see who wins"
-    args = signature(compare).bind(data, **kwargs)
-    args.apply_defaults()
-    try: check_args(**args.arguments)
-    except ValueError as e:
+    try: compare(data, **kwargs)
+    except ArgumentError as e:
         print(f"ranger-compare: {e}", file=sys.stderr)
         sys.exit(2)
-    try: compare(data, **kwargs)
     except KeyboardInterrupt: sys.exit(130)

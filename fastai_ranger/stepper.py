@@ -209,21 +209,21 @@ def _values(names):
 @patch
 def buckets(self:MultiTensorOptimizer)->list: # `Bucket`s, in the order of their first parameters
     "The parameters that have a gradient, in buckets"
-    hypers,plain,res = list(self.hypers),{},{}
+    hypers,res,names,last = list(self.hypers),{},None,None
     for i,(pg,hyper) in enumerate(zip(self.param_lists, hypers)):
         group = hypers.index(hyper)
         for j,p in enumerate(pg):
             if (g := p.grad) is None: continue
             state = self.state[p]
-            names = tuple(state)
-            if (values := plain.get(names)) is None:
-                values = plain[names] = _values(k for k,v in state.items() if isinstance(v, _plain))
+            if names != (now := tuple(state)): names,values = now,_values(k for k,v in state.items() if isinstance(v, _plain))
             key = group, p.device, p.dtype, g.dtype, g.layout, names, values(state)
-            if (b := res.get(key)) is None:
-                _check_grad(p, f"parameter {j} of group {i}")
-                b = res[key] = Bucket(hyper)
-            b.params.append(p)
-            b.states.append(state)
+            if key != last:
+                if key not in res:
+                    _check_grad(p, f"parameter {j} of group {i}")
+                    res[key] = Bucket(hyper)
+                last,bucket = key,res[key]
+            bucket.params.append(p)
+            bucket.states.append(state)
     return list(res.values())
 
 # %% ../nbs/00_stepper.ipynb #3e0b6b78
