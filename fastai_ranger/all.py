@@ -2,3 +2,4 @@ from .stepper import *
 from .radam import *
 from .lookahead import *
 from .optimizer import *
+from .callback import *

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['slow_weights', 'lookahead_step']
 
-# %% ../nbs/02_lookahead.ipynb #dafd08f1
-import torch
+# %% ../nbs/02_lookahead.ipynb #f31113b6
+import math,torch
+from fastcore.all import patch
 from .stepper import *
+from .stepper import _func
 
 # %% ../nbs/02_lookahead.ipynb #fd59d9ec
 @stepper
@@ -15,11 +17,34 @@ def slow_weights(
     p, # Parameters
     slow=None, # Slow weights, one for each of `p`
     slow_step=0, # Updates since the slow weights were taken
+    slow_edits=0, # Updates during which another change is one of a series
+    fast=None, # Fast weights, if `p` holds the slow ones for the moment
+    edited=False, # Has something other than its last update changed `p`?
     **kwargs
-)->dict: # `slow` and `slow_step`
+)->dict: # `slow`, `slow_step` and `slow_edits`
     "Keep a copy of `p` from before its first update in `state`"
     if slow is None: slow = [o.detach().clone() for o in p]
-    return {'slow': slow, 'slow_step': slow_step+1}
+    elif edited and (fast or not slow_edits):
+        torch._foreach_copy_(slow, p)
+        slow_step = 0
+    elif fast: _put(p, fast)
+    return dict(slow=slow, slow_step=slow_step+1, slow_edits=2 if edited else max(slow_edits-1, 0), **({'fast': None} if fast else {}))
+
+slow_weights.keeps = ['slow', 'slow_step']
+
+# %% ../nbs/02_lookahead.ipynb #11151d89
+def _put(p, values):
+    "Put `values` into `p`, unnoticed by `edited`"
+    torch._foreach_copy_([o.data for o in p], values)
+
+def _finite(p, slow):
+    "`p`, but `slow` where `p` is not finite"
+    if p[0].device.type=='cpu' and all(map(math.isfinite, torch._foreach_norm(p))): return p
+    return [torch.where(o.isfinite(), o, s) for o,s in zip(p, slow)]
+
+def _synchronise(p, slow, alpha):
+    torch._foreach_lerp_(slow, _finite(p, slow), alpha)
+    torch._foreach_copy_(p, slow)
 
 # %% ../nbs/02_lookahead.ipynb #bc10bc0c
 @stepper
@@ -32,9 +57,49 @@ def lookahead_step(
     **kwargs
 ):
     "Every `k` updates, move the slow weights `alpha` of the way to `p`, and `p` there"
-    if slow_step%k: return
-    torch._foreach_lerp_(slow, p, alpha)
-    torch._foreach_copy_(p, slow)
+    if not slow_step%k: _synchronise(p, slow, alpha)
 
 lookahead_step.defaults = dict(k=6, alpha=.5)
 lookahead_step.checks = dict(k=in_range(1, whole=True), alpha=in_range(0, 1, closed=True))
+
+# %% ../nbs/02_lookahead.ipynb #9a942217
+@patch(as_prop=True)
+def has_slow_weights(self:MultiTensorOptimizer)->bool:
+    "Does this optimizer keep slow weights?"
+    return slow_weights in [_func(o) for o in self.cbs]
+
+@patch
+def _slow(self:MultiTensorOptimizer):
+    "Parameter, state, hypers and whether the slow weights are stale, for each parameter with slow weights"
+    if not self.has_slow_weights: raise ValueError("this optimizer keeps no slow weights: `slow_weights` is not one of its steppers")
+    edited = self.edited()
+    return [(p, s, h, id(p) in edited and ('fast' in s or not s.get('slow_edits'))) for p,_,s,h in self.all_params() if 'slow' in s]
+
+@patch
+def to_slow(self:MultiTensorOptimizer):
+    "Put the slow weights into the parameters, until the next `to_fast` or `step`"
+    todo = [(p, s) for p,s,_,stale in self._slow() if not stale and 'fast' not in s]
+    for p,s in todo:
+        s['fast'] = p.detach().clone()
+        _put([p], [s['slow']])
+    self._mark([p for p,_ in todo])
+
+@patch
+def to_fast(self:MultiTensorOptimizer):
+    "Put the fast weights back into the parameters"
+    for p,s,_,stale in self._slow():
+        if 'fast' not in s: continue
+        if stale: s['slow_edits'] = 0 # the next update starts anew from what was put there
+        else: _put([p], [s['fast']])
+        del s['fast']
+
+@patch
+def sync(self:MultiTensorOptimizer):
+    "Synchronise now, and begin a new cycle; after `to_slow`, the parameters stay as they are"
+    todo = self._slow()
+    for p,s,h,stale in todo:
+        if stale: s['slow'].copy_(p.detach())
+        else: _synchronise([p.data], [s['slow']], h['alpha'])
+        s['slow_step'] = 0
+        s.pop('fast', None)
+    self._mark([p for p,*_ in todo])

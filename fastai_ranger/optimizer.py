@@ -23,8 +23,9 @@ def ranger(
     *,
     sqr_mom:float=.99, # Gradient squared moving average (β2) coefficient, in [0, 1)
     beta:float=0., # Sharpness of a softplus around the denominator (SAdam), in [0, inf); 0 for none
-    decouple_wd:bool=True # Apply true weight decay or L2 regularization
+    decouple_wd:bool=True, # Apply true weight decay or L2 regularization
+    unrectified:str='momentum' # The first five updates: `momentum` makes them with SGD with momentum, `skip` leaves the weights alone
 )->MultiTensorOptimizer:
     "Ranger: RAdam inside Lookahead"
-    cbs = [slow_weights, partial(fused_radam_step, decouple_wd=decouple_wd), lookahead_step]
+    cbs = [slow_weights, partial(fused_radam_step, decouple_wd=decouple_wd, unrectified=unrectified), lookahead_step]
     return MultiTensorOptimizer(params, cbs, lr=lr, mom=mom, wd=wd, eps=eps, k=k, alpha=alpha, sqr_mom=sqr_mom, beta=beta)

@@ -35,11 +35,12 @@ def radam_step(
     sqr_avg, # Averages of the squared gradients, one for each of `p`
     eps, # Added to the denominator, in [0, inf)
     beta, # Sharpness of a softplus around the denominator, in [0, inf); 0 for none
+    unrectified='momentum', # What to do while the variance cannot be rectified: a step of SGD with momentum, or `skip` it
     **kwargs
 ):
     "Step for RAdam with `lr`"
     r,lr = rectify(step, sqr_mom),lr/(1-mom**step)
-    if not r: return torch._foreach_add_(p, grad_avg, alpha=-lr)
+    if not r: return torch._foreach_add_(p, grad_avg, alpha=-lr) if unrectified=='momentum' else None
     denom = torch._foreach_div(sqr_avg, 1-sqr_mom**step)
     torch._foreach_sqrt_(denom)
     if eps: torch._foreach_add_(denom, eps)
@@ -53,7 +54,7 @@ def _check_rectifies(name, sqr_mom):
     "Warn if RAdam would never rectify"
     if rectify(10**6, sqr_mom)==0: warn(f"`{name}` is {sqr_mom}: RAdam rectifies only above 2/3, so this is SGD with momentum")
 
-radam_step.checks = dict(beta=in_range(0), sqr_mom=_check_rectifies)
+radam_step.checks = dict(beta=in_range(0), sqr_mom=_check_rectifies, unrectified=one_of('momentum', 'skip'))
 
 # %% ../nbs/01_radam.ipynb #b6e77924
 _fused_devices = {'cpu', 'cuda', 'mps'}
@@ -83,6 +84,7 @@ def fused_radam_step(
     wd=0., # Weight decay, in [0, inf)
     beta=0., # Sharpness of a softplus around the denominator, in [0, inf); 0 for none
     decouple_wd=True, # Decay the weights (RAdamW), rather than regularize with L2?
+    unrectified='momentum', # While the variance cannot be rectified: a step of SGD with momentum, or `skip`, which leaves the weights alone
     do_wd=True, # Decay these?
     step=0, # Updates so far
     grad_avg=None, # Averages of the gradients, one for each of `p`
@@ -92,10 +94,10 @@ def fused_radam_step(
     "Weight decay, averages and RAdam step in one, on a fused kernel where there is one"
     r = rectify(step+1, sqr_mom)
     if not r or beta or p[0].device.type not in _fused_devices:
-        (weight_decay if decouple_wd else l2_reg)(p, lr=lr, wd=wd, do_wd=do_wd)
+        if r or unrectified=='momentum' or not decouple_wd: (weight_decay if decouple_wd else l2_reg)(p, lr=lr, wd=wd, do_wd=do_wd)
         res = {**average_grad(p, mom=mom, dampening=True, grad_avg=grad_avg), **average_sqr_grad(p, sqr_mom=sqr_mom, sqr_avg=sqr_avg),
                **step_stat(p, step=step)}
-        radam_step(p, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, beta=beta, **res)
+        radam_step(p, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, beta=beta, unrectified=unrectified, **res)
         return res
     w,g,grad_avg,sqr_avg = _aligned(p, grads(p), grad_avg, sqr_avg)
     count = torch.full((), step+1, dtype=torch.float32, device=p[0].device)
@@ -106,7 +108,7 @@ def fused_radam_step(
     return dict(step=step+1, grad_avg=grad_avg, sqr_avg=sqr_avg)
 
 fused_radam_step.defaults = dict(wd=0., eps=1e-5, beta=0.)
-fused_radam_step.checks = radam_step.checks
+fused_radam_step.checks,fused_radam_step.keeps = radam_step.checks,['step', 'grad_avg', 'sqr_avg']
 
 # %% ../nbs/01_radam.ipynb #1d50054e
 def RAdam(
@@ -117,8 +119,9 @@ def RAdam(
     eps:float=1e-5, # Added to the denominator for numerical stability, in [0, inf)
     wd:float=0., # Weight decay (true or L2), in [0, inf)
     beta:float=0., # Sharpness of a softplus around the denominator (SAdam), in [0, inf); 0 for none
-    decouple_wd:bool=True # Apply true weight decay (RAdamW) or L2 regularization (RAdam)
+    decouple_wd:bool=True, # Apply true weight decay (RAdamW) or L2 regularization (RAdam)
+    unrectified:str='momentum' # The first five updates: `momentum` makes them with SGD with momentum, `skip` leaves the weights alone
 )->MultiTensorOptimizer:
     "RAdam on a fused kernel"
-    return MultiTensorOptimizer(params, partial(fused_radam_step, decouple_wd=decouple_wd), lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps,
-                                wd=wd, beta=beta)
+    cbs = partial(fused_radam_step, decouple_wd=decouple_wd, unrectified=unrectified)
+    return MultiTensorOptimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['common_checks', 'stepper', 'grads', 'sgd_step', 'average_grad', 'average_sqr_grad', 'step_stat', 'weight_decay',
-           'l2_reg', 'in_range', 'Bucket', 'MultiTensorOptimizer']
+           'l2_reg', 'in_range', 'one_of', 'Bucket', 'MultiTensorOptimizer']
 
-# %% ../nbs/00_stepper.ipynb #f67ab4fb
+# %% ../nbs/00_stepper.ipynb #00cf1899
 import math,torch
+from collections import defaultdict
+from copy import deepcopy
 from functools import partial,wraps
 from itertools import groupby,repeat
 from numbers import Real
 from operator import itemgetter
 from torch import Tensor
+from warnings import warn
 from fastcore.all import L,merge,patch
 from fastai.optimizer import Optimizer
 
@@ -63,7 +66,7 @@ def average_grad(
         torch._foreach_add_(grad_avg, grads(p))
     return {'grad_avg': grad_avg}
 
-average_grad.defaults = dict(mom=.9)
+average_grad.defaults,average_grad.keeps = dict(mom=.9),['grad_avg']
 
 # %% ../nbs/00_stepper.ipynb #25dfed39
 @stepper
@@ -80,7 +83,7 @@ def average_sqr_grad(
     torch._foreach_addcmul_(sqr_avg, grads(p), grads(p), value=1-sqr_mom if dampening else 1.)
     return {'sqr_avg': sqr_avg}
 
-average_sqr_grad.defaults = dict(sqr_mom=.99)
+average_sqr_grad.defaults,average_sqr_grad.keeps = dict(sqr_mom=.99),['sqr_avg']
 
 # %% ../nbs/00_stepper.ipynb #d8311fac
 @stepper
@@ -91,6 +94,8 @@ def step_stat(
 )->dict: # `step`
     "Count the updates of `p` in `state`"
     return {'step': step+1}
+
+step_stat.keeps = ['step']
 
 # %% ../nbs/00_stepper.ipynb #f3a8c54f
 @stepper
@@ -133,6 +138,14 @@ def in_range(
         if not ok: raise ValueError(f"`{name}` must be {allowed}, got {value!r}")
     return check
 
+def one_of(
+    *allowed # The values allowed
+)->callable: # `check(name, value)`, which raises `ValueError`
+    "A check that a setting is one of `allowed`"
+    def check(name, value):
+        if value not in allowed: raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return check
+
 # %% ../nbs/00_stepper.ipynb #fe76fda0
 common_checks = dict(lr=in_range(0), wd=in_range(0), eps=in_range(0), mom=in_range(0, 1), sqr_mom=in_range(0, 1))
 
@@ -141,18 +154,20 @@ _plain = (bool, int, float, str, type(None))
 
 # %% ../nbs/00_stepper.ipynb #081677a5
 class Bucket:
-    "Parameters that agree in `hyper`, dtype, device and every plain value of their state"
-    def __init__(self, hyper): self.hyper,self.params,self.states = hyper,[],[]
+    "Parameters that agree in `hyper`, in whether they were `edited`, in dtype, device and every plain value of their state"
+    def __init__(self, hyper, edited): self.hyper,self.edited,self.params,self.states = hyper,edited,[],[]
 
     def run(self, cbs):
         "Call each of `cbs` once for all `params`, and store what they return in `states`"
         old = {k: v if isinstance(v, _plain) else [s[k] for s in self.states] for k,v in self.states[0].items()}
         new = {}
         for cb in cbs:
-            res = cb(self.params, **{**old, **new, **self.hyper})
+            res = cb(self.params, **{**old, **new, **self.hyper, 'edited': self.edited})
             if isinstance(res, dict): new.update(res)
         for k,v in new.items():
-            for s,o in zip(self.states, v if isinstance(v, (list,tuple)) else repeat(v)): s[k] = o
+            for s,o in zip(self.states, v if isinstance(v, (list,tuple)) else repeat(v)):
+                if o is None: s.pop(k, None)
+                else: s[k] = o
 
 # %% ../nbs/00_stepper.ipynb #c7eaf5a9
 def _func(cb): return cb.func if isinstance(cb, partial) else cb
@@ -178,17 +193,52 @@ class MultiTensorOptimizer(Optimizer):
             if not isinstance(p, Tensor): raise ValueError(f"`params` must hold tensors or lists of tensors, got {type(p)}")
         if len(set(ps)) < len(ps): raise ValueError("`params` has a parameter more than once")
         super().__init__(params, cbs, **merge(*map(_defaults, cbs), defaults))
+        for cb in self.cbs:
+            for k,v in (cb.keywords if isinstance(cb, partial) else {}).items(): self._check_hyper(k, [v])
+        self._mark()
+
+    def set_hypers(self, **kwargs):
+        "Set several hypers, or none of them if one is refused"
+        old = [dict(o) for o in self.hypers]
+        try: super().set_hypers(**kwargs)
+        except Exception:
+            self.hypers = L(old)
+            raise
 
     def set_hyper(self, k, v):
         "Set hyper `k` to `v`: a value for all groups, or a list or slice with one for each"
         if getattr(v, 'ndim', None)==0: v = v.item() # a scalar of NumPy or PyTorch
         super().set_hyper(k, [v] if v is None else v)
 
-    def _set_hyper(self, k, v):
+    def _check_hyper(self, k, v):
         for checks in (common_checks, *(getattr(_func(cb), 'checks', {}) for cb in self.cbs)):
             if k in checks:
                 for o in v: checks[k](k, o)
+
+    def _set_hyper(self, k, v):
+        self._check_hyper(k, v)
         super()._set_hyper(k, v)
+
+# %% ../nbs/00_stepper.ipynb #6e561e5a
+@patch
+def _mark(self:MultiTensorOptimizer, ps=None):
+    "Remember `ps`, or all parameters, as they are now"
+    if ps is None: self._left,ps = {},[p for pg in self.param_lists for p in pg]
+    self._left.update([(id(p), p._version) for p in ps])
+
+@patch
+def edited(self:MultiTensorOptimizer)->set: # Of `id(p)`
+    "The parameters that something else has changed since their last update"
+    return {id(p) for pg in self.param_lists for p in pg if self._left.get(id(p), v := p._version) != v}
+
+# %% ../nbs/00_stepper.ipynb #b5dea885
+@patch
+def __getstate__(self:MultiTensorOptimizer): return {k:v for k,v in self.__dict__.items() if k != '_left'}
+
+@patch
+def __setstate__(self:MultiTensorOptimizer, d):
+    self.__dict__.update(d)
+    self._mark() # a copy has other tensors
 
 # %% ../nbs/00_stepper.ipynb #6d2144e5
 _dtypes = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -209,18 +259,18 @@ def _values(names):
 @patch
 def buckets(self:MultiTensorOptimizer)->list: # `Bucket`s, in the order of their first parameters
     "The parameters that have a gradient, in buckets"
-    hypers,res,names,last = list(self.hypers),{},None,None
+    hypers,edited,res,names,last = list(self.hypers),self.edited(),{},None,None
     for i,(pg,hyper) in enumerate(zip(self.param_lists, hypers)):
         group = hypers.index(hyper)
         for j,p in enumerate(pg):
             if (g := p.grad) is None: continue
             state = self.state[p]
             if names != (now := tuple(state)): names,values = now,_values(k for k,v in state.items() if isinstance(v, _plain))
-            key = group, p.device, p.dtype, g.dtype, g.layout, names, values(state)
+            key = group, bool(edited) and id(p) in edited, p.device, p.dtype, g.dtype, g.layout, names, values(state)
             if key != last:
                 if key not in res:
                     _check_grad(p, f"parameter {j} of group {i}")
-                    res[key] = Bucket(hyper)
+                    res[key] = Bucket(hyper, key[1])
                 last,bucket = key,res[key]
             bucket.params.append(p)
             bucket.states.append(state)
@@ -232,6 +282,7 @@ def step(self:MultiTensorOptimizer, closure=None):
     "Update every parameter that has a gradient"
     if closure is not None: raise NotImplementedError("fastai optimizers do not take a closure")
     buckets = self.buckets() # raises if a gradient cannot be stepped
+    ps = [p for b in buckets for p in b.params]
     for multi,cbs in groupby(self.cbs, _is_multi):
         cbs = list(cbs)
         if multi:
@@ -242,3 +293,64 @@ def step(self:MultiTensorOptimizer, closure=None):
                     res = cb(p, **{**state, **hyper})
                     if isinstance(res, dict): state.update(res)
             buckets = None
+    self._mark(ps)
+
+# %% ../nbs/00_stepper.ipynb #6af9d4f1
+@patch
+def zero_grad(self:MultiTensorOptimizer):
+    "Drop all gradients"
+    for pg in self.param_lists:
+        for p in pg: p.grad = None
+
+@patch
+def freeze_to(self:MultiTensorOptimizer,
+    n:int # Number of parameter groups to freeze; if negative, number of groups at the end to leave trainable
+):
+    "Freeze the first parameter groups, but for what is always to be trained (`force_train`)"
+    super(MultiTensorOptimizer, self).freeze_to(n)
+    for pg in self.param_lists:
+        for p in pg:
+            if not p.requires_grad: p.grad = None
+
+# %% ../nbs/00_stepper.ipynb #cfe4fd5c
+def _take(p, v):
+    "A copy of `v`, from the state of a checkpoint, for `p`"
+    if not isinstance(v, Tensor): return deepcopy(v)
+    like_p = v.is_floating_point() and v.shape==p.shape
+    return v.detach().to(p.device, p.dtype if like_p else v.dtype, copy=True)
+
+@patch
+def _fit(self:MultiTensorOptimizer, sd):
+    "Hypers and states of `sd`, as this optimizer would have them, and the names of what it lacks; `ValueError` if it does not fit"
+    if not {'state', 'hypers'} <= set(sd): raise ValueError(f"a fastai optimizer's checkpoint has `state` and `hypers`, this one has {sorted(map(str, sd))}")
+    names = [(f"parameter {j} of group {i}", p) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)]
+    for what,n,found in (('parameter groups', len(self.hypers), len(sd['hypers'])), ('parameters', len(names), len(sd['state']))):
+        if found != n: raise ValueError(f"the checkpoint has {found} {what}, this optimizer has {n}")
+    hypers = [{**old, **new} for old,new in zip(self.hypers, sd['hypers'])]
+    for h in hypers:
+        for k,v in h.items(): self._check_hyper(k, [v])
+    keeps,states,found = [getattr(_func(cb), 'keeps', []) for cb in self.cbs],[],set()
+    for (name,p),new in zip(names, sd['state']):
+        partly = {k for ks in keeps for k in ks if not set(ks) <= set(new)}
+        for k in {k for ks in keeps for k in ks} & set(new):
+            shape = getattr(new[k], 'shape', ())
+            if shape and shape != p.shape: raise ValueError(f"`{k}` of {name} has shape {tuple(shape)}, the parameter has {tuple(p.shape)}")
+        kept = {k:v for k,v in self.state[p].items() if k in self._keep_on_clear}
+        states.append({**kept, **{k: _take(p, v) for k,v in new.items() if k not in partly}})
+        found |= set(new)-partly
+    trained = found - set(self._keep_on_clear)
+    return hypers,states,[k for ks in keeps for k in ks if k not in found] if trained else []
+
+@patch
+def load_state_dict(self:MultiTensorOptimizer,
+    sd:dict # `state_dict` of this optimizer, or of any of fastai's
+):
+    "Take over hypers and state from `sd`, which stays as it is; `ValueError`, and nothing is changed, if it does not fit"
+    try: hypers,states,lacks = self._fit(sd)
+    except ValueError as e:
+        warn(str(e)) # `Learner.load` swallows the error
+        raise
+    if lacks: warn(f"the checkpoint has no {', '.join(f'`{o}`' for o in lacks)}: started anew")
+    self.hypers = L(hypers)
+    self.state = defaultdict(dict, zip([p for pg in self.param_lists for p in pg], states))
+    self._mark()
