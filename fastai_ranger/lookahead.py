@@ -17,24 +17,23 @@ def slow_weights(
     p, # Parameters
     slow=None, # Slow weights, one for each of `p`
     slow_step=0, # Updates since the slow weights were taken
-    slow_edits=0, # Updates during which another change is one of a series
     fast=None, # Fast weights, if `p` holds the slow ones for the moment
-    edited=False, # Has something other than its last update changed `p`?
+    replaced=False, # Have other weights been put into the model since the last update?
     **kwargs
-)->dict: # `slow`, `slow_step` and `slow_edits`
+)->dict: # `slow` and `slow_step`
     "Keep a copy of `p` from before its first update in `state`"
     if slow is None: slow = [o.detach().clone() for o in p]
-    elif edited and (fast or not slow_edits):
+    elif replaced:
         torch._foreach_copy_(slow, p)
         slow_step = 0
     elif fast: _put(p, fast)
-    return dict(slow=slow, slow_step=slow_step+1, slow_edits=2 if edited else max(slow_edits-1, 0), **({'fast': None} if fast else {}))
+    return dict(slow=slow, slow_step=slow_step+1, **({'fast': None} if fast else {}))
 
 slow_weights.keeps = ['slow', 'slow_step']
 
 # %% ../nbs/02_lookahead.ipynb #11151d89
 def _put(p, values):
-    "Put `values` into `p`, unnoticed by `edited`"
+    "Put `values` into `p`, unnoticed by `replaced`"
     torch._foreach_copy_([o.data for o in p], values)
 
 def _finite(p, slow):
@@ -70,36 +69,40 @@ def has_slow_weights(self:MultiTensorOptimizer)->bool:
 
 @patch
 def _slow(self:MultiTensorOptimizer):
-    "Parameter, state, hypers and whether the slow weights are stale, for each parameter with slow weights"
+    "Parameter, state and `alpha`, for each parameter with slow weights; if they are stale, these begin anew"
     if not self.has_slow_weights: raise ValueError("this optimizer keeps no slow weights: `slow_weights` is not one of its steppers")
-    edited = self.edited()
-    return [(p, s, h, id(p) in edited and ('fast' in s or not s.get('slow_edits'))) for p,_,s,h in self.all_params() if 'slow' in s]
+    res = [(p, s, h['alpha']) for p,_,s,h in self.all_params() if 'slow' in s]
+    edits = self._edits()
+    if self._replaced(edits):
+        for p,s,_ in res:
+            s['slow'].copy_(p.detach())
+            s['slow_step'] = 0
+            s.pop('fast', None)
+    self._noted += edits # for the next update to count
+    self._mark()
+    return res
 
 @patch
 def to_slow(self:MultiTensorOptimizer):
-    "Put the slow weights into the parameters, until the next `to_fast` or `step`"
-    todo = [(p, s) for p,s,_,stale in self._slow() if not stale and 'fast' not in s]
-    for p,s in todo:
+    "Put the slow weights into the parameters, until `to_fast` or the next update"
+    for p,s,_ in self._slow():
+        if 'fast' in s: continue
         s['fast'] = p.detach().clone()
         _put([p], [s['slow']])
-    self._mark([p for p,_ in todo])
+    self._mark()
 
 @patch
 def to_fast(self:MultiTensorOptimizer):
     "Put the fast weights back into the parameters"
-    for p,s,_,stale in self._slow():
-        if 'fast' not in s: continue
-        if stale: s['slow_edits'] = 0 # the next update starts anew from what was put there
-        else: _put([p], [s['fast']])
-        del s['fast']
+    for p,s,_ in self._slow():
+        if 'fast' in s: _put([p], [s.pop('fast')])
+    self._mark()
 
 @patch
 def sync(self:MultiTensorOptimizer):
     "Synchronise now, and begin a new cycle; after `to_slow`, the parameters stay as they are"
-    todo = self._slow()
-    for p,s,h,stale in todo:
-        if stale: s['slow'].copy_(p.detach())
-        else: _synchronise([p.data], [s['slow']], h['alpha'])
+    for p,s,alpha in self._slow():
+        _synchronise([p.data], [s['slow']], alpha)
         s['slow_step'] = 0
         s.pop('fast', None)
-    self._mark([p for p,*_ in todo])
+    self._mark()

@@ -154,15 +154,15 @@ _plain = (bool, int, float, str, type(None))
 
 # %% ../nbs/00_stepper.ipynb #081677a5
 class Bucket:
-    "Parameters that agree in `hyper`, in whether they were `edited`, in dtype, device and every plain value of their state"
-    def __init__(self, hyper, edited): self.hyper,self.edited,self.params,self.states = hyper,edited,[],[]
+    "Parameters that agree in `hyper`, dtype, device and every plain value of their state"
+    def __init__(self, hyper): self.hyper,self.params,self.states = hyper,[],[]
 
-    def run(self, cbs):
+    def run(self, cbs, **kwargs):
         "Call each of `cbs` once for all `params`, and store what they return in `states`"
         old = {k: v if isinstance(v, _plain) else [s[k] for s in self.states] for k,v in self.states[0].items()}
         new = {}
         for cb in cbs:
-            res = cb(self.params, **{**old, **new, **self.hyper, 'edited': self.edited})
+            res = cb(self.params, **{**old, **new, **self.hyper, **kwargs})
             if isinstance(res, dict): new.update(res)
         for k,v in new.items():
             for s,o in zip(self.states, v if isinstance(v, (list,tuple)) else repeat(v)):
@@ -195,6 +195,7 @@ class MultiTensorOptimizer(Optimizer):
         super().__init__(params, cbs, **merge(*map(_defaults, cbs), defaults))
         for cb in self.cbs:
             for k,v in (cb.keywords if isinstance(cb, partial) else {}).items(): self._check_hyper(k, [v])
+        self._counting,self._noted = False,[]
         self._mark()
 
     def set_hypers(self, **kwargs):
@@ -219,26 +220,47 @@ class MultiTensorOptimizer(Optimizer):
         self._check_hyper(k, v)
         super()._set_hyper(k, v)
 
-# %% ../nbs/00_stepper.ipynb #6e561e5a
+# %% ../nbs/00_stepper.ipynb #25314d88
 @patch
-def _mark(self:MultiTensorOptimizer, ps=None):
-    "Remember `ps`, or all parameters, as they are now"
-    if ps is None: self._left,ps = {},[p for pg in self.param_lists for p in pg]
-    self._left.update([(id(p), p._version) for p in ps])
+def _probe(self:MultiTensorOptimizer):
+    "Some weights from both ends of the model"
+    ps = [pg[i] for pg in self.param_lists if len(pg) for i in (0, -1)]
+    return [torch.as_strided(p.detach(), (min(64, p.numel()),), (1,)).clone() for p in (ps[0], ps[-1])]
 
 @patch
-def edited(self:MultiTensorOptimizer)->set: # Of `id(p)`
-    "The parameters that something else has changed since their last update"
-    return {id(p) for pg in self.param_lists for p in pg if self._left.get(id(p), v := p._version) != v}
-
-# %% ../nbs/00_stepper.ipynb #b5dea885
-@patch
-def __getstate__(self:MultiTensorOptimizer): return {k:v for k,v in self.__dict__.items() if k != '_left'}
+def _mark(self:MultiTensorOptimizer):
+    "Remember the parameters as they are now"
+    self._versions,self._seen = [p._version for pg in self.param_lists for p in pg],self._probe()
 
 @patch
 def __setstate__(self:MultiTensorOptimizer, d):
     self.__dict__.update(d)
     self._mark() # a copy has other tensors
+
+@patch
+def _edits(self:MultiTensorOptimizer)->list: # `(parameter, n)`
+    "The parameters that something else has changed since the last update, and how often"
+    now = [p._version for pg in self.param_lists for p in pg]
+    if now==self._versions or len(now) != len(self._versions): return []
+    ps = [p for pg in self.param_lists for p in pg]
+    return [(p, v-old) for p,v,old in zip(ps, now, self._versions) if v != old]
+
+@patch
+def _replaced(self:MultiTensorOptimizer, edits)->bool:
+    "Have `edits` put other weights into the model?"
+    edits = [(n, self.state[p]) for p,n in edits]
+    if all('edits' in s and 'fast' not in s for _,s in edits): return False # none, or each is one of a series
+    return min(n for n,_ in edits)==1 or not all(map(torch.equal, self._seen, self._probe())) # swapping takes two
+
+# %% ../nbs/00_stepper.ipynb #479e56bb
+@patch
+def _count_edits(self:MultiTensorOptimizer, edits):
+    edited,self._noted = {p for p,_ in self._noted+edits},[]
+    if not (edited or self._counting): return
+    for p,_,state,_ in self.all_params():
+        state['edits'] = 2 if p in edited else state.get('edits', 0)-1
+        if state['edits'] <= 0: del state['edits']
+    self._counting = any('edits' in o for o in self.state.values())
 
 # %% ../nbs/00_stepper.ipynb #6d2144e5
 _dtypes = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -259,18 +281,18 @@ def _values(names):
 @patch
 def buckets(self:MultiTensorOptimizer)->list: # `Bucket`s, in the order of their first parameters
     "The parameters that have a gradient, in buckets"
-    hypers,edited,res,names,last = list(self.hypers),self.edited(),{},None,None
+    hypers,res,names,last = list(self.hypers),{},None,None
     for i,(pg,hyper) in enumerate(zip(self.param_lists, hypers)):
         group = hypers.index(hyper)
         for j,p in enumerate(pg):
             if (g := p.grad) is None: continue
             state = self.state[p]
             if names != (now := tuple(state)): names,values = now,_values(k for k,v in state.items() if isinstance(v, _plain))
-            key = group, bool(edited) and id(p) in edited, p.device, p.dtype, g.dtype, g.layout, names, values(state)
+            key = group, p.device, p.dtype, g.dtype, g.layout, names, values(state)
             if key != last:
                 if key not in res:
                     _check_grad(p, f"parameter {j} of group {i}")
-                    res[key] = Bucket(hyper, key[1])
+                    res[key] = Bucket(hyper)
                 last,bucket = key,res[key]
             bucket.params.append(p)
             bucket.states.append(state)
@@ -282,18 +304,20 @@ def step(self:MultiTensorOptimizer, closure=None):
     "Update every parameter that has a gradient"
     if closure is not None: raise NotImplementedError("fastai optimizers do not take a closure")
     buckets = self.buckets() # raises if a gradient cannot be stepped
-    ps = [p for b in buckets for p in b.params]
+    edits = self._edits()
+    replaced = self._replaced(edits)
+    self._count_edits(edits)
     for multi,cbs in groupby(self.cbs, _is_multi):
         cbs = list(cbs)
         if multi:
-            for b in buckets or self.buckets(): b.run(cbs)
+            for b in buckets or self.buckets(): b.run(cbs, replaced=replaced)
         else:
             for p,_,state,hyper in self.all_params(with_grad=True):
                 for cb in cbs:
                     res = cb(p, **{**state, **hyper})
                     if isinstance(res, dict): state.update(res)
             buckets = None
-    self._mark(ps)
+    self._mark()
 
 # %% ../nbs/00_stepper.ipynb #6af9d4f1
 @patch
@@ -353,4 +377,5 @@ def load_state_dict(self:MultiTensorOptimizer,
     if lacks: warn(f"the checkpoint has no {', '.join(f'`{o}`' for o in lacks)}: started anew")
     self.hypers = L(hypers)
     self.state = defaultdict(dict, zip([p for pg in self.param_lists for p in pg], states))
+    self._counting,self._noted = True,[]
     self._mark()

@@ -1,0 +1,424 @@
+"`ranger` in fastai's workflows, beside fastai's own, which fails where the table in the documentation says so"
+import copy, os, pickle, subprocess, sys, warnings
+from functools import partial
+
+import fastai.optimizer as stock
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixUp
+from fastai.callback.schedule import ParamScheduler, SchedLin, SchedNo, combine_scheds
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.distributed import ParallelTrainer # noqa: F401, adds `to_parallel`
+from fastai.learner import Learner
+from fastai.torch_core import params
+from fastai_ranger.all import *
+from fastcore.all import L
+from fastai_ranger.workflows import clip, clip_data, digits_learner, export, fit, largest, resume, skipped_steps, slow_of, stand_still, swap, weights, workflows
+from test_applications import Float64
+
+stock_is_right = {clip, clip_data, swap, skipped_steps, resume, export}
+each = pytest.mark.parametrize('f,right', [o[1:] for o in workflows], ids=[o[1].__name__ for o in workflows])
+
+@each
+def test_right(f, right): assert right(f(ranger))
+
+@each
+def test_stock(f, right): assert right(f(stock.ranger)) == (f in stock_is_right)
+
+def state(learn): return [{k: torch.as_tensor(v).clone() for k,v in learn.opt.state[p].items()} for p in learn.model.parameters()]
+def same(a, b): return len(a)==len(b) and all(x.keys()==y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x,y in zip(a, b))
+
+# Weights that change from outside
+
+def param(*vals): return torch.nn.Parameter(torch.tensor(vals, dtype=torch.float64))
+
+def steps(opt, n, edit=None):
+    for i in range(n):
+        for pg in opt.param_lists:
+            for p in pg: p.grad = torch.ones_like(p)
+        opt.step()
+        if edit: edit(i)
+
+def sgd_ahead(ps, **kwargs): return MultiTensorOptimizer(ps, [slow_weights, sgd_step, lookahead_step], **{**dict(lr=.1, k=3), **kwargs})
+
+@pytest.mark.parametrize('n', range(1, 8))
+@pytest.mark.parametrize('new', [5., None])
+def test_loaded_weights_are_a_new_start(n, new):
+    "wherever in the cycle, and also if they are those that were there"
+    model = torch.nn.Linear(3, 2)
+    opt = sgd_ahead(model.parameters())
+    steps(opt, n)
+    model.load_state_dict(model.state_dict() if new is None else {k: torch.full_like(v, new) for k,v in model.state_dict().items()})
+    before = weights(model)
+    opt.set_hyper('lr', 0.)
+    steps(opt, 7)
+    assert all(map(torch.equal, before, weights(model)))
+    opt.set_hyper('lr', .1)
+    steps(opt, 2) # nine since the loading
+    assert all(torch.equal(p, opt.state[p]['slow']) for p in model.parameters())
+
+def test_a_part_that_is_loaded_restarts_the_whole():
+    "`apply_init` sets biases through `.data`, which is not noticed, and weights, which is"
+    w,b = param(1., 2.), param(3.)
+    opt = sgd_ahead([w, b])
+    steps(opt, 2)
+    with torch.no_grad(): w.fill_(7.)
+    b.data.fill_(0.)
+    opt.set_hyper('lr', 0.)
+    steps(opt, 6)
+    assert w.tolist() == [7, 7] and b.tolist() == [0]
+
+@pytest.mark.parametrize('every', (1, 2))
+def test_a_series_of_changes_is_training(every):
+    a,b = param(1.), param(1.)
+    opt = sgd_ahead([[a], [b]])
+    def edit(i):
+        if i % every == 0:
+            with torch.no_grad(): a.mul_(.99)
+    steps(opt, 30, edit)
+    done = [opt.state[p]['slow_step'] for p in (a, b)]
+    assert min(done) >= 29 and set(opt.state[b]) == {'slow', 'slow_step'}
+    with torch.no_grad():
+        for p in (a, b): p.fill_(9.) # in the midst of the series, other weights
+    opt.set_hyper('lr', 0.)
+    steps(opt, 6)
+    assert a.item() == b.item() == 9
+
+def test_a_change_to_a_frozen_part_restarts_once():
+    body,head = param(1.), param(1.)
+    opt = sgd_ahead([[body], [head]])
+    opt.freeze_to(1)
+    def step():
+        head.grad = torch.ones_like(head)
+        opt.step()
+        return opt.state[head]['slow_step']
+    step()
+    with torch.no_grad(): body.fill_(2.)
+    assert [step() for _ in range(5)] == [1, 2, 3, 4, 5] and 'edits' not in opt.state[body]
+
+def test_swapped_and_back_is_the_same():
+    def run(visit):
+        p,q = param(*range(100)), param(1.)
+        opt = sgd_ahead([p, q])
+        def edit(i):
+            if visit and i%5==1:
+                own = [o.detach().clone() for o in (p, q)]
+                with torch.no_grad():
+                    for o in (p, q): o.mul_(.5)
+                    for o,w in zip((p, q), own): o.copy_(w)
+        steps(opt, 20, edit)
+        return p.tolist()+q.tolist()
+    assert run(True) == run(False)
+
+def test_max_norm_of_an_embedding():
+    "A layer that renormalises its weights in every forward pass"
+    emb,lin = torch.nn.Embedding(5, 3, max_norm=1.), torch.nn.Linear(3, 1)
+    opt = ranger([*emb.parameters(), *lin.parameters()], lr=.1)
+    for i in range(30):
+        opt.zero_grad()
+        lin(emb(torch.arange(5))).pow(2).mean().backward()
+        opt.step()
+    assert opt.state[lin.weight]['slow_step'] >= 28
+
+def test_copies_notice_too():
+    learn = fit(digits_learner(ranger))
+    start = weights(learn.model)
+    for other in (copy.deepcopy(learn), pickle.loads(pickle.dumps(learn))):
+        assert same(state(learn), state(other))
+        with torch.no_grad():
+            for p in other.model.parameters(): p.add_(1.)
+        assert stand_still(other) == 0
+    assert largest(start, weights(learn.model)) == 0
+
+# Frozen
+
+@pytest.mark.parametrize('wd', (0., .1))
+@pytest.mark.parametrize('opt_func', [ranger, RAdam])
+def test_frozen_is_frozen(wd, opt_func):
+    learn = digits_learner(opt_func, train_bn=False)
+    learn.unfreeze()
+    fit(learn, wd=wd)
+    learn.freeze()
+    before,head = weights(learn.model[:2]),weights(learn.model[2:])
+    fit(learn, wd=wd)
+    assert all(map(torch.equal, before, weights(learn.model[:2]))) and largest(head, weights(learn.model[2:])) > 0
+    assert not any({'slow', 'grad_avg'} & set(learn.opt.state[p]) for p in learn.model[:2].parameters())
+    learn.unfreeze()
+    assert largest(before, weights(fit(learn, wd=wd).model[:2])) > 0
+
+def test_norms_of_a_frozen_part_are_trained():
+    learn = digits_learner(ranger)
+    learn.freeze()
+    before = {n: p.detach().clone() for n,p in learn.model[:2].named_parameters()}
+    fit(learn)
+    moved = {n: not torch.equal(p, before[n]) for n,p in learn.model[:2].named_parameters()}
+    assert all(m == (p.ndim==1) for (n,p),m in zip(learn.model[:2].named_parameters(), moved.values()))
+
+def test_frozen_by_hand_and_with_gradients_left():
+    learn = fit(digits_learner(ranger, splitter=params))
+    for p in learn.model[:2].parameters(): p.requires_grad_(False)
+    before = weights(learn.model[:2])
+    assert largest(before, weights(fit(learn, wd=.1).model[:2])) == 0
+    learn = digits_learner(ranger, train_bn=False)
+    fit(learn, cbs=GradientAccumulation(384)) # 128 of 512 are left over
+    assert all(p.grad is not None for p in learn.model.parameters())
+    learn.freeze()
+    before = weights(learn.model[:2])
+    assert largest(before, weights(fit(learn, wd=.1).model[:2])) == 0
+
+def test_without_a_gradient_nothing_moves():
+    used,unused = param(1.), param(2.)
+    opt = ranger([used, unused], lr=.1, wd=.1)
+    for _ in range(9):
+        (used**2).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    (used+unused).sum().backward() # once
+    opt.step()
+    opt.zero_grad()
+    after = unused.item()
+    for _ in range(9):
+        (used**2).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    assert unused.item() == after < 2
+
+# The first updates
+
+@pytest.mark.parametrize('wd', (0., .1))
+def test_skip(wd):
+    torch.manual_seed(0)
+    start = torch.randn(10, dtype=torch.float64)
+    p,q = start.clone(),start.clone()
+    skip,momentum = ranger([p], lr=8e-3, wd=wd, unrectified='skip'),ranger([q], lr=8e-3, wd=wd)
+    for i in range(6):
+        p.grad = q.grad = torch.full_like(p, 1e4)
+        for o in (skip, momentum): o.step()
+        if i < 5: assert torch.equal(p, start) and (q-start).abs().min() > 79*(i+1)
+    r = rectify(6, .99)
+    assert torch.allclose(p, start - .5*8e-3*(r+start*wd), atol=1e-9) # the sixth is synchronised at once
+    for k in ('step', 'grad_avg', 'sqr_avg'): assert torch.equal(torch.as_tensor(skip.state[p][k]), torch.as_tensor(momentum.state[q][k]))
+
+@pytest.mark.parametrize('decouple_wd,wd', [(True, 0.), (False, 0.), (False, .1)])
+def test_skip_in_the_chain(decouple_wd, wd):
+    chain = [weight_decay if decouple_wd else l2_reg, partial(average_grad, dampening=True), average_sqr_grad, step_stat, partial(radam_step, unrectified='skip')]
+    def run(cbs):
+        torch.manual_seed(0)
+        p = torch.randn(10, dtype=torch.float64)
+        opt = MultiTensorOptimizer([p], cbs, lr=.1, wd=wd, mom=.9, sqr_mom=.99)
+        for _ in range(30):
+            p.grad = torch.randn_like(p)
+            opt.step()
+        return p
+    assert torch.allclose(run(chain), run(partial(fused_radam_step, decouple_wd=decouple_wd, unrectified='skip')), atol=1e-12)
+
+def test_fine_tune_with_large_gradients():
+    "A loss that is scaled by 1e4 throws the unfrozen model about, unless the first updates are skipped"
+    class Scale(Callback):
+        def before_backward(self): self.learn.loss_grad = self.loss_grad*1e4
+    def moved(unrectified):
+        learn = digits_learner(partial(ranger, unrectified=unrectified), cbs=Scale())
+        before = weights(learn.model)
+        fit(learn, 1, 2e-2, method=Learner.fine_tune)
+        return largest(before, weights(learn.model))
+    assert moved('skip') < .1 < 10 < moved('momentum')
+
+@pytest.mark.parametrize('f', [ranger, RAdam])
+def test_bad_choice(f):
+    with pytest.raises(ValueError, match="`unrectified` must be one of 'momentum', 'skip', got 'sgd'"): f([param(1.)], lr=.1, unrectified='sgd')
+    with pytest.raises(ValueError, match='`k` must be'): MultiTensorOptimizer([param(1.)], [slow_weights, sgd_step, partial(lookahead_step, k=0)], lr=.1)
+
+# Schedules
+
+def test_k_and_alpha_scheduled():
+    class See(Callback):
+        def before_fit(self): self.seen = []
+        def after_step(self):
+            p = next(self.model.parameters())
+            self.seen.append((self.opt.hypers[0]['k'], self.opt.hypers[0]['alpha'], torch.equal(p, self.opt.state[p]['slow'])))
+    sched = {'k': combine_scheds([.5, .5], [SchedNo(2, 2), SchedNo(3, 3)]), 'alpha': SchedLin(.5, .9)}
+    seen = fit(digits_learner(ranger, cbs=[ParamScheduler(sched), See()]), 3).see.seen
+    assert [o[2] for o in seen] == [i%k==0 for i,(k,*_) in enumerate(seen, 1)]
+    assert [o[0] for o in seen] == [2]*12+[3]*12 and seen[0][1] == .5 and seen[23][1] > .85
+    with pytest.raises(ValueError, match='`k` must be a whole number'): fit(digits_learner(ranger, cbs=ParamScheduler({'k': SchedLin(2, 9)})))
+
+def test_per_group():
+    learn = digits_learner(ranger, lr=slice(1e-4, 1e-2))
+    learn.create_opt()
+    learn.opt.set_hypers(k=[2, 5], alpha=[.3, .8])
+    fit(learn, lr=slice(1e-3, 1e-2), cbs=ParamScheduler({'alpha': lambda pct: np.array([.3, .8])}))
+    assert [(h['lr'], h['k'], h['alpha']) for h in learn.opt.hypers] == [(pytest.approx(1e-3), 2, .3), (pytest.approx(1e-2), 5, .8)]
+    assert learn.recorder.hps['alpha'] == [.8]*8
+
+def fit_sgdr(learn, n, lr): learn.fit_sgdr(n, 1, lr)
+
+@pytest.mark.parametrize('method,lr', [(Learner.fine_tune, 8e-3), *((o, lr) for o in (Learner.fit_one_cycle, Learner.fit_flat_cos, fit_sgdr) for lr in (8e-3, slice(1e-3, 8e-3)))])
+def test_schedules_are_stocks(method, lr):
+    ours,theirs = (fit(digits_learner(f), 2, lr, method=method) for f in (ranger, stock.ranger))
+    assert largest(weights(ours.model), weights(theirs.model)) < 1e-4 and ours.recorder.lrs == theirs.recorder.lrs
+
+@pytest.mark.parametrize('method', [Learner.fit_one_cycle, Learner.fit_flat_cos])
+@pytest.mark.parametrize('stop', (1, 2))
+def test_start_epoch(method, stop):
+    "Resumed after `stop` of 3 epochs: the rates and the weights of the uninterrupted run"
+    class Keep(Callback):
+        order = 70
+        def after_epoch(self): self.learn.save(f'{self.epoch+1}')
+    whole = fit(digits_learner(ranger, cbs=Keep()), 3, method=method)
+    other = digits_learner(ranger)
+    other.load(whole.path/whole.model_dir/str(stop))
+    fit(other, 3, method=method, start_epoch=stop)
+    assert other.recorder.lrs == whole.recorder.lrs[stop*8:] and len(other.recorder.lrs) == (3-stop)*8
+    assert all(map(torch.equal, weights(other.model), weights(whole.model))) and same(state(other), state(whole))
+
+@pytest.mark.parametrize('fitted', (True, False))
+def test_lr_find_leaves_nothing_behind(fitted):
+    learn,other = digits_learner(ranger),digits_learner(ranger)
+    for o in (learn, other):
+        o.create_opt()
+        if fitted: fit(o, method=Learner.fit_one_cycle)
+    with learn.no_bar(), learn.no_logging():
+        for _ in range(2): learn.lr_find(num_it=20, show_plot=False)
+    assert largest(weights(learn.model), weights(other.model)) == 0 and same(state(learn), state(other)) and list(learn.opt.hypers)==list(other.opt.hypers)
+    learn.dls,other.dls = (digits_learner(ranger).dls for _ in range(2))
+    assert largest(*(weights(fit(o).model) for o in (learn, other))) == 0
+    fresh = digits_learner(ranger)
+    with fresh.no_bar(), fresh.no_logging(): fresh.lr_find(num_it=20, show_plot=False) # makes the optimizer
+
+# Together with others
+
+class Overflow(Callback):
+    "fastai's `MixedPrecision` with a `GradScaler` that works without CUDA; the gradients of `bad` batches overflow"
+    order = MixedPrecision.order+1
+    def __init__(self, *bad): self.bad = bad
+    def before_fit(self): self.learn.scaler = torch.amp.GradScaler('cpu')
+    def before_backward(self):
+        if self.train_iter in self.bad: self.learn.loss_grad = self.loss_grad*2.**126
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('bad', [(0, 1, 2), (3, 4), (0, 5, 6, 7)])
+def test_skipped_steps_touch_nothing(bad):
+    class See(Callback):
+        order = 20
+        def before_backward(self): self.before = (weights(self.model), state(self.learn))
+        def after_step(self):
+            if self.train_iter in bad: assert largest(self.before[0], weights(self.model)) == 0 and same(self.before[1], state(self.learn))
+            else: assert largest(self.before[0], weights(self.model)) > 0
+    learn = fit(digits_learner(ranger, cbs=[MixedPrecision(), Overflow(*bad), See()]), 2)
+    assert {learn.opt.state[p]['step'] for p in learn.model.parameters()} == {16-len(bad)}
+
+def summary(learn):
+    import contextlib, io
+    with contextlib.redirect_stdout(io.StringIO()): repr(learn.summary())
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('cbs', [lambda: GradientAccumulation(128), lambda: GradientClip(.1), lambda: [GradientAccumulation(128), GradientClip(.1)], lambda: MixUp(.4),
+                                 lambda: [MixedPrecision(), Overflow(2), GradientClip(.1)], lambda: MixedPrecision(amp_mode='bf16')])
+def test_callbacks(cbs):
+    "They train as they do with stock's"
+    def go(f):
+        learn = digits_learner(f, cbs=[Float64(), *L(cbs())])
+        torch.manual_seed(1)
+        return fit(learn, 2)
+    ours,theirs = go(ranger),go(stock.ranger)
+    assert largest(weights(ours.model), weights(theirs.model)) < 1e-10
+    assert ours.opt.state[next(ours.model.parameters())]['step'] == theirs.opt.state[next(theirs.model.parameters())]['step']
+
+def test_summary_and_parallel():
+    learn,other = digits_learner(ranger),digits_learner(ranger)
+    other.to_parallel()
+    for o in (learn, other): fit(o)
+    assert learn.recorder.losses == other.recorder.losses and len(learn.recorder.losses) == 8
+    before = weights(learn.model)
+    summary(learn)
+    assert largest(before, weights(learn.model)) == 0 == largest(before, weights(other.model))
+
+two_processes = """
+import os, sys, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from fastai.data.core import DataLoaders
+from fastai_ranger.all import *
+from fastai_ranger.workflows import digits_learner, fit
+dist.init_process_group('gloo')
+learn = digits_learner(ranger, cbs=SlowWeights(end=False), path=sys.argv[1])
+items = learn.dls.train_ds[:512][dist.get_rank()::2]
+learn.dls = DataLoaders.from_dsets(items, items[:64], bs=32, num_workers=0)
+learn.create_opt()
+model,learn.model = learn.model,DistributedDataParallel(learn.model)
+fit(learn, 2)
+learn.save('x')
+torch.save([(p.detach(), learn.opt.state[p]) for p in model.parameters()], f'{sys.argv[1]}/rank{dist.get_rank()}')
+"""
+
+def test_two_processes(tmp_path):
+    "Weights and slow weights stay the same in both, and the checkpoint of the first loads (fastai's own `distrib_ctx` needs CUDA)"
+    env = {**os.environ, 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29541', 'OMP_NUM_THREADS': '1'}
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', two_processes, tmp_path], env={**env, 'RANK': str(i)}, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    for p in ps:
+        err = p.communicate(timeout=300)[1]
+        assert p.returncode==0, err
+    a,b = (torch.load(tmp_path/f'rank{i}') for i in range(2))
+    assert all(torch.equal(p, q) for (p,_),(q,_) in zip(a, b)) and same(*([{k: torch.as_tensor(v) for k,v in s.items()} for _,s in o] for o in (a, b)))
+    assert not torch.equal(a[0][0], a[0][1]['slow']) # sixteen updates: not at a synchronisation
+    learn = digits_learner(ranger)
+    learn.load(tmp_path/'models'/'x')
+    assert same(state(learn), [{k: torch.as_tensor(v) for k,v in s.items()} for _,s in a])
+
+fresh = """
+import sys, warnings
+warnings.simplefilter('ignore')
+from fastai.learner import load_learner
+learn = load_learner(sys.argv[1])
+print(learn.opt_func, learn.predict(0)[2].sum().item())
+"""
+
+@pytest.mark.parametrize('opt_func', [ranger, partial(ranger, mom=.95, k=5)])
+def test_export_to_a_new_process(opt_func, tmp_path):
+    from operator import getitem
+    from fastai.data.core import Datasets
+    learn = fit(digits_learner(opt_func, splitter=params, path=tmp_path))
+    xs,ys = zip(*learn.dls.train_ds[:16])
+    learn.dls = Datasets(range(16), [[partial(getitem, xs)], [partial(getitem, ys)]]).dataloaders(bs=8)
+    learn.export('x.pkl')
+    out = subprocess.run([sys.executable, '-c', fresh, tmp_path/'x.pkl'], capture_output=True, text=True)
+    assert out.returncode==0 and 'ranger' in out.stdout, out.stderr
+
+# What is not finite
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize('opt_func', [ranger, lambda ps, lr: sgd_ahead(ps, lr=lr, k=6)])
+def test_nan_stays_out_of_the_slow_weights(bad, dtype, opt_func):
+    torch.manual_seed(0)
+    gs = [torch.randn(4, dtype=dtype) for _ in range(20)]
+    def run(spoil):
+        p,q = torch.ones(4, dtype=dtype),torch.ones((), dtype=dtype)
+        opt = opt_func([p, q], lr=1e-2)
+        for i,g in enumerate(gs):
+            p.grad,q.grad = g.clone(),g[0].clone()
+            if spoil and i==8: p.grad[2] = bad
+            opt.step()
+        opt.sync()
+        return p,q
+    (p,q),(p0,q0) = run(True),run(False)
+    others = [0, 1, 3]
+    assert p.isfinite().all() and torch.equal(p[others], p0[others]) and torch.equal(q, q0)
+
+def test_large_weights_are_finite():
+    "The norm of these overflows, and they are followed all the same"
+    p = torch.full((1000,), 1e38)
+    opt = sgd_ahead([p], lr=1e36, k=2)
+    steps(opt, 2)
+    assert torch.allclose(p, torch.full((1000,), 9.9e37)) and torch.equal(p, opt.state[p]['slow'])
+
+def test_hypers_all_or_none():
+    opt = ranger([param(1.)], lr=.1)
+    before = copy.deepcopy(list(opt.hypers))
+    with pytest.raises(ValueError, match='`mom`'): opt.set_hypers(lr=.5, mom=2)
+    assert list(opt.hypers) == before
+    opt.set_hypers(lr=.5, mom=.5)
+    assert opt.hypers[0]['lr'] == .5 == opt.hypers[0]['mom']
