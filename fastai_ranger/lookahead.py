@@ -65,12 +65,12 @@ lookahead_step.checks = dict(k=in_range(1, whole=True), alpha=in_range(0, 1, clo
 @patch(as_prop=True)
 def has_slow_weights(self:MultiTensorOptimizer)->bool:
     "Does this optimizer keep slow weights?"
-    return slow_weights in [_func(o) for o in self.cbs]
+    return any('slow' in getattr(_func(o), 'keeps', []) for o in self.cbs)
 
 @patch
 def _slow(self:MultiTensorOptimizer):
     "Parameter, state and `alpha`, for each parameter with slow weights; if they are stale, these begin anew"
-    if not self.has_slow_weights: raise ValueError("this optimizer keeps no slow weights: `slow_weights` is not one of its steppers")
+    if not self.has_slow_weights: raise ValueError("this optimizer keeps no slow weights: a stepper such as `slow_weights` is missing")
     res = [(p, s, h['alpha']) for p,_,s,h in self.all_params() if 'slow' in s]
     edits = self._edits()
     if self._replaced(edits):

@@ -230,12 +230,7 @@ def _probe(self:MultiTensorOptimizer):
 @patch
 def _mark(self:MultiTensorOptimizer):
     "Remember the parameters as they are now"
-    self._versions,self._seen = [p._version for pg in self.param_lists for p in pg],self._probe()
-
-@patch
-def __setstate__(self:MultiTensorOptimizer, d):
-    self.__dict__.update(d)
-    self._mark() # a copy has other tensors
+    self._versions,self._seen,self._stale = [p._version for pg in self.param_lists for p in pg],self._probe(),False
 
 @patch
 def _edits(self:MultiTensorOptimizer)->list: # `(parameter, n)`
@@ -249,6 +244,7 @@ def _edits(self:MultiTensorOptimizer)->list: # `(parameter, n)`
 def _replaced(self:MultiTensorOptimizer, edits)->bool:
     "Have `edits` put other weights into the model?"
     edits = [(n, self.state[p]) for p,n in edits]
+    if self._stale: return True
     if all('edits' in s and 'fast' not in s for _,s in edits): return False # none, or each is one of a series
     return min(n for n,_ in edits)==1 or not all(map(torch.equal, self._seen, self._probe())) # swapping takes two
 
@@ -261,6 +257,26 @@ def _count_edits(self:MultiTensorOptimizer, edits):
         state['edits'] = 2 if p in edited else state.get('edits', 0)-1
         if state['edits'] <= 0: del state['edits']
     self._counting = any('edits' in o for o in self.state.values())
+
+# %% ../nbs/00_stepper.ipynb #b5dea885
+@patch
+def __getstate__(self:MultiTensorOptimizer):
+    edits = self._edits()
+    return {**self.__dict__, '_noted': self._noted+edits, '_stale': self._replaced(edits)}
+
+@patch
+def __setstate__(self:MultiTensorOptimizer, d):
+    self.__dict__.update(d)
+    self._mark() # the tensors are others
+    self._stale = d['_stale']
+
+@patch
+def state_dict(self:MultiTensorOptimizer)->dict: # `state`, `hypers`, and `replaced` if other weights have been put into the model
+    "State of each parameter and hypers of each group"
+    edits = self._edits()
+    edited = {p for p,_ in self._noted+edits}
+    state = [{**s, 'edits': 3} if p in edited else s for p,_,s,_ in self.all_params()] # 2 after the next update
+    return dict(state=state, hypers=self.hypers, **(dict(replaced=True) if self._replaced(edits) else {}))
 
 # %% ../nbs/00_stepper.ipynb #6d2144e5
 _dtypes = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -362,7 +378,7 @@ def _fit(self:MultiTensorOptimizer, sd):
         kept = {k:v for k,v in self.state[p].items() if k in self._keep_on_clear}
         states.append({**kept, **{k: _take(p, v) for k,v in new.items() if k not in partly}})
         found |= set(new)-partly
-    trained = found - set(self._keep_on_clear)
+    trained = {k for s in sd['state'] for k in s} - set(self._keep_on_clear)
     return hypers,states,[k for ks in keeps for k in ks if k not in found] if trained else []
 
 @patch
@@ -379,3 +395,4 @@ def load_state_dict(self:MultiTensorOptimizer,
     self.state = defaultdict(dict, zip([p for pg in self.param_lists for p in pg], states))
     self._counting,self._noted = True,[]
     self._mark()
+    self._stale = sd.get('replaced', False)

@@ -74,38 +74,39 @@ def slow_of(opt):
 workflows = []
 
 def workflow(
-    what:str, # What is done, and what is measured
+    what:str, # What is done; in brackets, what of ours is used
+    measured:str, # What is measured; a `move`, `gap` or `difference` is the largest of all weights
     right # Function of the measurement: is it as it should be?
 ):
     "Add a function to `workflows`"
     def _f(f):
-        workflows.append((what, f, right))
+        workflows.append((what, measured, f, right))
         return f
     return _f
 
 def zero(x): return x==0
 
 # %% ../nbs/12_workflows.ipynb #4a25a711
-@workflow("`learn.load(f, with_opt=False)`, then 6 updates at rate 0: largest move", zero)
+@workflow("`learn.load(f, with_opt=False)`", "move in 6 updates at rate 0", zero)
 def load_weights(opt_func):
     learn = fit(digits_learner(opt_func))
     learn.save('x')
     fit(learn).load('x', with_opt=False)
     return stand_still(learn)
 
-@workflow("`SaveModelCallback` reloads an earlier epoch, then 6 updates at rate 0: largest move", zero)
+@workflow("`SaveModelCallback` reloads an epoch", "move in 6 updates at rate 0", zero)
 def save_model(opt_func):
     learn = digits_learner(opt_func)
     return stand_still(fit(learn, 2, cbs=SaveModelCallback(comp=np.greater))) # so that it is the first one
 
-@workflow("`model.load_state_dict`, then 6 updates at rate 0: largest move", zero)
+@workflow("`model.load_state_dict`", "move in 6 updates at rate 0", zero)
 def load_state_dict(opt_func):
     learn = digits_learner(opt_func)
     start = deepcopy(learn.model.state_dict())
     fit(learn).model.load_state_dict(start)
     return stand_still(learn)
 
-@workflow("`apply_init`, then 6 updates at rate 0: largest move", zero)
+@workflow("`apply_init`", "move in 6 updates at rate 0", zero)
 def init(opt_func):
     learn = fit(digits_learner(opt_func))
     apply_init(learn.model)
@@ -120,10 +121,10 @@ class Clip(Callback):
         with torch.no_grad():
             for p in self.model.parameters(): (p.data if self.through_data else p).clamp_(-self.limit, self.limit)
 
-@workflow("weights clipped after each of 48 updates (`p.clamp_`): synchronisations", lambda n: n >= 7)
+@workflow("clip weights after each update", "synchronisations in 48 updates", lambda n: n >= 7)
 def clip(opt_func): return fit(digits_learner(opt_func, cbs=Clip(.3)), 6).clip.n
 
-@workflow("weights clipped after each of 48 updates (`p.data.clamp_`): synchronisations", lambda n: n==8)
+@workflow("clip weights through `.data`", "synchronisations in 48 updates", lambda n: n==8)
 def clip_data(opt_func): return fit(digits_learner(opt_func, cbs=Clip(.3, through_data=True)), 6).clip.n
 
 # %% ../nbs/12_workflows.ipynb #abb9d121
@@ -137,11 +138,11 @@ class Swap(Callback):
         self.put([w*.9 for w in self.own])
     def after_validate(self): self.put(self.own)
 
-@workflow("weights swapped for validation and back: difference it makes after 3 epochs", zero)
+@workflow("validate on other weights, swap back", "difference after 3 epochs", zero)
 def swap(opt_func): return largest(*(weights(fit(digits_learner(opt_func, cbs=cbs), 3).model) for cbs in (None, Swap())))
 
-# %% ../nbs/12_workflows.ipynb #56ee0059
-@workflow("end of `fit` in mid-cycle: gap between the model and the slow weights (ours with `SlowWeights()`)", zero)
+# %% ../nbs/12_workflows.ipynb #e59e0d25
+@workflow("`fit` ends in mid-cycle (`SlowWeights()`)", "gap between model and slow weights", zero)
 def end_of_fit(opt_func):
     learn = fit(digits_learner(opt_func, cbs=SlowWeights() if opt_func is ranger else None))
     slow = slow_of(learn.opt)
@@ -152,12 +153,12 @@ class Spoil(Callback):
     def before_step(self):
         if self.train_iter==3: first(self.model.parameters()).grad[0] = float('nan')
 
-@workflow("one `nan` in a gradient: slow weights that are not finite, 12 updates later", zero)
+@workflow("one `nan` in a gradient", "slow weights lost 12 updates later", zero)
 def one_nan(opt_func):
     learn = fit(digits_learner(opt_func, cbs=Spoil()), 2)
     return sum((~o.isfinite()).sum().item() for o in slow_of(learn.opt).values())
 
-@workflow("`GradScaler` skips the first 3 steps: gap between slow weights, after the next, and the weights at the start", zero)
+@workflow("fp16: `GradScaler` skips the first 3 steps", "gap between slow weights and start", zero)
 def skipped_steps(opt_func):
     class Overflow(Callback):
         "PyTorch's `GradScaler` for the CPU, and three batches whose gradients overflow"
@@ -177,44 +178,44 @@ def skipped_steps(opt_func):
     assert learn.overflow.steps==5
     return learn.overflow.gap
 
-# %% ../nbs/12_workflows.ipynb #826b10ce
+# %% ../nbs/12_workflows.ipynb #098e5586
 def tells(f):
-    "`ok`, or what `f` warns of or raises"
+    "`ok`, the error that `f` raises, or that the optimizer was not loaded"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         try: f()
         except Exception as e: return f"{type(e).__name__}: {e}"
-    return first((str(o.message) for o in caught if 'Could not load' in str(o.message)), lambda _: True) or 'ok'
+    return 'not loaded' if any('Could not load' in str(o.message) for o in caught) else 'ok'
 
 def ok(x): return x=='ok'
 
-@workflow("1 epoch, save, load in a new `Learner`, 1 epoch: difference to 2 epochs", zero)
+@workflow("save, load in a new `Learner`, go on", "difference to uninterrupted", zero)
 def resume(opt_func):
     learn,other = (digits_learner(opt_func) for _ in range(2))
     fit(learn).save('x')
     other.load(learn.path/learn.model_dir/'x')
     return largest(weights(fit(learn).model), weights(fit(other).model))
 
-@workflow("load one state dict twice", ok)
+@workflow("load one state dict twice", "outcome", ok)
 def load_twice(opt_func):
     learn = fit(digits_learner(opt_func))
     sd = learn.opt.state_dict()
     return tells(lambda: [learn.opt.load_state_dict(sd) for _ in range(2)])
 
-@workflow("go on from a checkpoint of `Adam`: `learn.load`", ok)
+@workflow("`learn.load` a checkpoint of `Adam`", "outcome", ok)
 def from_adam(opt_func):
     learn,other = digits_learner(stock.Adam),fit(digits_learner(opt_func))
     fit(learn).save('x')
     return tells(lambda: other.load(learn.path/learn.model_dir/'x'))
 
-@workflow("the optimizer's state of a net of other shapes", lambda x: 'shape' in x)
+@workflow("load the state of another net", "outcome", lambda x: x=='refused')
 def other_shapes(opt_func):
     learn,other = (fit(digits_learner(opt_func)) for _ in range(2))
     sd = deepcopy(other.opt.state_dict())
     for s in sd['state']: s.update({k: torch.zeros(3, 7) for k in s if k.endswith('_avg')})
-    return tells(lambda: learn.opt.load_state_dict(sd))
+    return 'refused' if 'shape' in tells(lambda: learn.opt.load_state_dict(sd)) else 'taken'
 
-@workflow("`export`, then `load_learner`", ok)
+@workflow("`export`, then `load_learner`", "outcome", ok)
 def export(opt_func):
     learn = fit(digits_learner(partial(opt_func, eps=1e-5), splitter=params))
     xs,ys = zip(*learn.dls.train_ds[:16])
@@ -225,7 +226,7 @@ def export(opt_func):
 # %% ../nbs/12_workflows.ipynb #06e33ecc
 def frozen(learn): return [p for p in learn.model.parameters() if not p.requires_grad]
 
-@workflow("`fit`, `freeze`, `fit` with `wd=.1`: largest move of a frozen weight", zero)
+@workflow("`fit`, `freeze`, `fit` with `wd=.1`", "move of a frozen weight", zero)
 def freeze(opt_func):
     learn = fit(digits_learner(opt_func))
     learn.freeze()
@@ -233,7 +234,7 @@ def freeze(opt_func):
     fit(learn, wd=.1)
     return largest(before, frozen(learn))
 
-@workflow("`freeze`, `fit`: slow copies held for frozen weights", zero)
+@workflow("`freeze`, `fit`", "slow copies of frozen weights", zero)
 def frozen_copies(opt_func):
     learn = digits_learner(opt_func)
     learn.freeze()
@@ -256,10 +257,10 @@ def gan_learner(opt_func, **kwargs):
     critic = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.LeakyReLU(.2), nn.Linear(64, 1), nn.Flatten(0))
     return GANLearner.wgan(dls, generator, critic, opt_func=opt_func, path=tempfile.mkdtemp(), **kwargs)
 
-@workflow("WGAN: largest move of the frozen generator while the critic is trained", zero)
+@workflow("WGAN: the critic is trained", "move of the frozen generator", zero)
 def gan(opt_func): return fit(gan_learner(opt_func, cbs=GeneratorMoves()), 2, lr=1e-3).generator_moves.moves
 
-@workflow("the first 5 updates on gradients of 1e4, rate 8e-3: largest move (ours with `unrectified='skip'`)", zero)
+@workflow("gradients of 1e4 (`unrectified='skip'`)", "move in 5 updates at rate 8e-3", zero)
 def large_gradients(opt_func):
     learn = digits_learner(partial(opt_func, unrectified='skip') if opt_func is ranger else opt_func)
     learn.create_opt()
@@ -270,13 +271,13 @@ def large_gradients(opt_func):
         learn.opt.step()
     return largest(before, weights(learn.model))
 
-# %% ../nbs/12_workflows.ipynb #3f9c66e8
-@workflow("`alpha` through `ParamScheduler`, 1 instead of .5: difference it makes", lambda x: x > 1e-3)
+# %% ../nbs/12_workflows.ipynb #8cc5cfd6
+@workflow("`ParamScheduler({'alpha': ...})`", "difference it makes", lambda x: x > 1e-3)
 def schedule_alpha(opt_func):
     def go(alpha): return weights(fit(digits_learner(opt_func, cbs=ParamScheduler({'alpha': SchedNo(alpha, alpha)}))).model)
     return largest(go(1.), go(.5))
 
-@workflow("`set_hyper('k', [2, 3])`, 3 updates: synchronisations of the two groups", lambda x: x=='1 and 1')
+@workflow("`set_hyper('k', [2, 3])`", "synchronisations in 3 updates", lambda x: x=='1 and 1')
 def k_per_group(opt_func):
     learn = digits_learner(opt_func)
     learn.create_opt()
@@ -288,11 +289,11 @@ def k_per_group(opt_func):
         for i,g in enumerate(groups): moves[i] += torch.equal(slow_of(learn.opt)[g[0]], g[0])
     return f'{moves[0]} and {moves[1]}'
 
-@workflow("`fit_flat_cos(3, start_epoch=2)`: batches of 8 that it trains", lambda n: n==8)
+@workflow("`fit_flat_cos(3, start_epoch=2)`", "batches trained, of 24", lambda n: n==8)
 def start_epoch(opt_func):
     return len(fit(digits_learner(opt_func), 3, method=Learner.fit_flat_cos if opt_func is ranger else _fit_flat_cos, start_epoch=2).recorder.lrs)
 
-@workflow("`lr_find` twice, on a fitted learner: what it leaves changed", lambda x: x=='nothing')
+@workflow("`lr_find`, twice, after a fit", "what it leaves changed", lambda x: x=='nothing')
 def find_lr(opt_func):
     learn = fit(digits_learner(opt_func), method=Learner.fit_one_cycle)
     def now():
@@ -310,15 +311,16 @@ def find_lr(opt_func):
 # %% ../nbs/12_workflows.ipynb #5200f677
 def measure()->pd.DataFrame: # A row for each of `workflows`
     "What fastai's `ranger` and ours do in each workflow"
-    def show(x): return f'{x:.2g}' if isinstance(x, float) and x else str(x or 0)
+    def show(x, ok): return ('' if ok else '✗ ') + (f'{x:.3g}' if isinstance(x, float) else str(x).split(':')[0])
     rows = []
-    for what,f,right in workflows:
-        res = [f(o) for o in (stock.ranger, ranger)]
-        rows.append({'workflow': what, "fastai's ranger": show(res[0]), 'this ranger': show(res[1]), 'right': ' and '.join(n for n,o in zip(('fastai', 'this'), res) if right(o))})
+    for what,measured,f,right in workflows:
+        theirs,ours = f(stock.ranger),f(ranger)
+        rows.append({'workflow': what, 'measured': measured, "fastai's ranger": show(theirs, right(theirs)), 'this ranger': show(ours, right(ours))})
     return pd.DataFrame(rows).set_index('workflow')
 
 # %% ../nbs/12_workflows.ipynb #bbaa5e65
 @call_parse
 def ranger_workflows():
     "Measure what fastai's `ranger` and this one do when a model is loaded, frozen, saved, resumed, scheduled or spoilt"
-    print(measure().to_string())
+    table = measure().reset_index()
+    print(table.to_string(index=False, justify='left', formatters={o: f'{{:<{table[o].str.len().max()}}}'.format for o in table}))

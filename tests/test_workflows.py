@@ -20,7 +20,7 @@ from fastai_ranger.workflows import clip, clip_data, digits_learner, export, fit
 from test_applications import Float64
 
 stock_is_right = {clip, clip_data, swap, skipped_steps, resume, export}
-each = pytest.mark.parametrize('f,right', [o[1:] for o in workflows], ids=[o[1].__name__ for o in workflows])
+each = pytest.mark.parametrize('f,right', [o[2:] for o in workflows], ids=[o[2].__name__ for o in workflows])
 
 @each
 def test_right(f, right): assert right(f(ranger))

@@ -1,0 +1,201 @@
+"Saved and resumed: to the bit, from other optimizers and into them, or refused with nothing changed"
+import copy, subprocess, sys, warnings
+from functools import partial
+
+import fastai.optimizer as stock
+import pytest
+import torch
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.torch_core import params
+from fastai_ranger.all import *
+from fastai_ranger.workflows import digits_learner, fit, largest, stand_still, weights
+from test_workflows import param, same, sgd_ahead, state, steps
+
+def load(learn, *args, **kwargs):
+    "`learn.load`, which turns what goes wrong with the optimizer into a warning"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='Could not load the optimizer state')
+        return learn.load(*args, **kwargs)
+
+class Until(Callback):
+    "Save after `n` updates"
+    def __init__(self, n): self.n = n
+    def after_batch(self):
+        if self.training and self.train_iter == self.n: self.learn.save('x')
+
+class Skip(Callback):
+    "Do not train on the first `n` batches"
+    order = -20
+    def __init__(self, n): self.n = n
+    def before_batch(self):
+        if self.training and self.train_iter < self.n: raise CancelBatchException()
+
+class Clip(Callback):
+    def after_step(self):
+        with torch.no_grad():
+            for p in self.model.parameters(): p.clamp_(-.2, .2)
+
+@pytest.mark.parametrize('n', range(1, 9))
+@pytest.mark.parametrize('cbs', [[], [Clip]])
+def test_resumed_at_any_point(n, cbs):
+    "of the inner loop, also of a run that clips its weights"
+    whole = fit(digits_learner(ranger, cbs=[Until(n), *(o() for o in cbs)]), 2)
+    other = digits_learner(ranger, cbs=[Skip(n), *(o() for o in cbs)])
+    load(other, whole.path/whole.model_dir/'x')
+    fit(other, 2)
+    assert largest(weights(whole.model), weights(other.model)) == 0 and same(state(whole), state(other))
+
+resumes = """
+import sys, warnings
+from functools import partial
+warnings.filterwarnings('error', message='Could not load')
+from fastai_ranger.all import *
+from fastai_ranger.workflows import digits_learner, fit
+learn = digits_learner(partial(ranger, k=5))
+learn.load(sys.argv[1])
+fit(learn, 2)
+learn.save(sys.argv[2])
+"""
+
+def test_resumed_in_a_new_process(tmp_path):
+    learn = fit(digits_learner(partial(ranger, k=5)))
+    learn.save(tmp_path/'a')
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', resumes, tmp_path/'a', tmp_path/'b'], check=True)
+    fit(learn, 2)
+    other = load(digits_learner(partial(ranger, k=5)), tmp_path/'b')
+    assert largest(weights(learn.model), weights(other.model)) == 0 and same(state(learn), state(other))
+
+def test_what_is_in_it():
+    "Only what `torch.load` reads under `weights_only=True`"
+    sd = fit(digits_learner(ranger)).opt.state_dict()
+    for s in sd['state']:
+        assert set(s) <= {'slow', 'slow_step', 'step', 'grad_avg', 'sqr_avg', 'do_wd', 'force_train'}
+        assert all(type(v) in (int, bool) or type(v) is torch.Tensor for v in s.values())
+
+def test_the_argument_stays_as_it_is():
+    learn = fit(digits_learner(ranger))
+    sd = learn.opt.state_dict()
+    kept = copy.deepcopy(sd)
+    others = [digits_learner(ranger) for _ in range(2)]
+    for o in others:
+        o.create_opt()
+        o.model.load_state_dict(learn.model.state_dict())
+        o.opt.load_state_dict(sd)
+    fit(others[0])
+    others[0].opt.set_hyper('lr', 7.)
+    assert same([{k: torch.as_tensor(v) for k,v in s.items()} for s in sd['state']], [{k: torch.as_tensor(v) for k,v in s.items()} for s in kept['state']])
+    assert list(sd['hypers']) == list(kept['hypers'])
+    assert largest(weights(fit(others[1]).model), weights(fit(learn).model)) == 0
+
+def bad():
+    def of(**kwargs): return lambda sd: {**sd, **kwargs}
+    def shape(sd):
+        sd['state'][3]['slow'] = torch.zeros(9, 9)
+        return sd
+    def hyper(sd):
+        sd['hypers'][1]['k'] = 2.5
+        return sd
+    return dict(groups=(lambda sd: {**sd, 'hypers': sd['hypers'][:1]}, 'the checkpoint has 1 parameter groups, this optimizer has 2'),
+                params=(lambda sd: {**sd, 'state': sd['state'][:-1]}, 'the checkpoint has 10 parameters, this optimizer has 11'),
+                shape=(shape, r'`slow` of parameter 3 of group 0 has shape \(9, 9\), the parameter has \(64, 32, 3, 3\)'),
+                hyper=(hyper, '`k` must be a whole number'),
+                torch=(lambda sd: {'state': {}, 'param_groups': []}, "has `state` and `hypers`, this one has .'param_groups', 'state'."))
+
+@pytest.mark.parametrize('name', bad())
+def test_refused_with_nothing_changed(name):
+    spoil,message = bad()[name]
+    learn = fit(digits_learner(ranger))
+    sd = spoil(copy.deepcopy(fit(digits_learner(ranger)).opt.state_dict()))
+    before,hypers = state(learn),copy.deepcopy(list(learn.opt.hypers))
+    with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match=message): learn.opt.load_state_dict(sd)
+    assert same(before, state(learn)) and list(learn.opt.hypers) == hypers
+    torch.save({'model': learn.model.state_dict(), 'opt': sd}, learn.path/'bad.pth')
+    with pytest.warns(UserWarning) as caught: learn.load(learn.path/'bad')
+    said = [str(o.message) for o in caught]
+    assert 'Could not load the optimizer state.' in said and any(o in m for m in said for o in ('checkpoint', 'has shape', 'must be'))
+
+def ahead(ps, lr, **kwargs): return stock.Lookahead(stock.SGD(ps, lr, mom=.9), k=6)
+
+@pytest.mark.parametrize('opt_func,lacks', [(stock.ranger, '`slow`, `slow_step`'), (stock.RAdam, '`slow`, `slow_step`'), (stock.Adam, '`slow`, `slow_step`'), (RAdam, '`slow`, `slow_step`'),
+                                            (ahead, '`slow`, `slow_step`, `step`, `grad_avg`, `sqr_avg`'), (partial(stock.SGD, mom=.9), '`slow`, `slow_step`, `step`, `grad_avg`, `sqr_avg`')])
+def test_from_others(opt_func, lacks):
+    "One line says what starts anew; slow weights start from the weights"
+    learn,other = fit(digits_learner(opt_func)),digits_learner(partial(ranger, k=5))
+    learn.save('x')
+    with pytest.warns(UserWarning, match=f'^the checkpoint has no {lacks}: started anew$') as caught: load(other, learn.path/learn.model_dir/'x')
+    assert len([o for o in caught if 'checkpoint' in str(o.message)]) == 1
+    assert other.opt.hypers[0]['k'] == 5 and other.opt.hypers[0]['lr'] == learn.opt.hypers[0]['lr']
+    before = copy.deepcopy(other)
+    assert stand_still(other) == 0
+    fit(before)
+    assert all(o.isfinite().all() for o in weights(before.model)) and largest(weights(learn.model), weights(before.model)) < .2
+
+def test_radam_goes_on_as_ranger():
+    "The averages and the count are taken over: without a synchronisation it is RAdam that goes on"
+    learn,other = fit(digits_learner(stock.RAdam, splitter=params)),digits_learner(partial(ranger, k=10**9), splitter=params)
+    learn.save('x')
+    with pytest.warns(UserWarning, match='no `slow`'): load(other, learn.path/learn.model_dir/'x')
+    assert other.opt.hypers[0]['mom'] == learn.opt.hypers[0]['mom'] == .9
+    assert largest(weights(fit(learn).model), weights(fit(other).model)) < 1e-5
+
+@pytest.mark.parametrize('opt_func', [stock.RAdam, stock.Adam, RAdam])
+def test_into_others(opt_func):
+    learn,other = fit(digits_learner(partial(ranger, k=10**9))),digits_learner(opt_func)
+    learn.save('x')
+    load(other, learn.path/learn.model_dir/'x')
+    assert other.opt.state[next(other.model.parameters())]['step'] == 8
+    fit(other), fit(learn)
+    if opt_func is not stock.Adam: assert largest(weights(learn.model), weights(other.model)) < 1e-5
+
+def test_a_fresh_checkpoint_says_nothing():
+    learn,other = digits_learner(stock.Adam),digits_learner(ranger)
+    learn.create_opt()
+    learn.save('x')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', module='fastai_ranger')
+        load(other, learn.path/learn.model_dir/'x')
+
+def test_an_older_one_of_ours():
+    "Frozen layers have no state; hypers that are new keep their value"
+    learn,other = digits_learner(ranger),digits_learner(ranger)
+    learn.freeze()
+    fit(learn)
+    sd = learn.opt.state_dict()
+    for h in sd['hypers']: del h['alpha']
+    other.create_opt()
+    other.opt.set_hyper('alpha', .3)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        other.opt.load_state_dict(sd)
+    assert [h['alpha'] for h in other.opt.hypers] == [.3, .3]
+
+def test_dtype_follows_the_parameter():
+    p,q = torch.nn.Parameter(torch.ones(3)),torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    opt,other = ranger([p], lr=.1),ranger([q], lr=.1)
+    steps(opt, 8)
+    other.load_state_dict(opt.state_dict())
+    assert {v.dtype for v in other.state[q].values() if isinstance(v, torch.Tensor)} == {torch.float64}
+    steps(other, 8)
+
+def test_do_wd_stays_if_the_checkpoint_has_none():
+    p,q = param(1.), param(1.)
+    opt,other = ranger([p], lr=.1),ranger([q], lr=.1)
+    steps(opt, 2)
+    other.state[q]['do_wd'] = False
+    other.load_state_dict(opt.state_dict())
+    assert other.state[q]['do_wd'] is False and other.state[q]['step'] == 2
+
+@pytest.mark.parametrize('then', ['lr_find', 'save', 'deepcopy', 'nothing'])
+def test_weights_loaded_before_it_was_saved(then):
+    "A checkpoint, or a copy, made after other weights were loaded begins anew from them"
+    learn = fit(digits_learner(ranger))
+    learn.save('x')
+    fit(learn).load('x', with_opt=False)
+    if then == 'lr_find':
+        with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=10, show_plot=False)
+    elif then == 'save':
+        learn.save('y')
+        learn = load(digits_learner(ranger, path=learn.path), 'y')
+    elif then == 'deepcopy': learn = copy.deepcopy(learn)
+    before = weights(learn.model)
+    assert stand_still(learn) == 0 and largest(before, weights(learn.model)) == 0
