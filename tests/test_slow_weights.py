@@ -72,18 +72,20 @@ def test_sync_after_to_slow_keeps_the_slow_weights():
     assert p.item() == 1 and set(opt.state[p]) == {'slow', 'slow_step'}
 
 @pytest.mark.parametrize('then', ['to_fast', 'sync', 'to_slow', 'step'])
-def test_weights_that_were_loaded_meanwhile_stay(then):
-    for visiting in (True, False):
-        p = param(1.)
-        opt = sgd_ahead([p])
-        steps(opt, 2)
-        if visiting: opt.to_slow()
-        with torch.no_grad(): p.fill_(7.)
-        opt.set_hyper('lr', 0.)
-        getattr(opt, then)()
-        assert p.item() == 7
-        steps(opt, 6)
-        assert p.item() == 7
+@pytest.mark.parametrize('visiting,clipped', [(True, True), (True, False), (False, False)])
+def test_weights_that_were_loaded_meanwhile_stay(then, visiting, clipped):
+    p = param(1.)
+    opt = sgd_ahead([p])
+    def clip(i):
+        with torch.no_grad(): p.clamp_(-2, 2)
+    steps(opt, 5, clip if clipped else None)
+    if visiting: opt.to_slow()
+    with torch.no_grad(): p.fill_(7.)
+    opt.set_hyper('lr', 0.)
+    getattr(opt, then)()
+    assert p.item() == 7
+    steps(opt, 6)
+    assert p.item() == 7
 
 def test_saved_during_a_visit():
     "A checkpoint with the slow weights in the model resumes to the bit"

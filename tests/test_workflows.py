@@ -10,6 +10,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import ParamScheduler, SchedLin, SchedNo, combine_scheds
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.distributed import ParallelTrainer # noqa: F401, adds `to_parallel`
 from fastai.learner import Learner
@@ -273,6 +274,22 @@ def test_start_epoch(method, stop):
     fit(other, 3, method=method, start_epoch=stop)
     assert other.recorder.lrs == whole.recorder.lrs[stop*8:] and len(other.recorder.lrs) == (3-stop)*8
     assert all(map(torch.equal, weights(other.model), weights(whole.model))) and same(state(other), state(whole))
+
+@pytest.mark.parametrize('method', [Learner.fit_one_cycle, Learner.fit_flat_cos])
+def test_resumed_with_callbacks_that_watch(method):
+    "They wait for the first epoch that is trained: nothing is saved before, nothing overwritten"
+    keep = lambda: [SaveModelCallback(every_epoch=1, with_opt=True, fname='run'), EarlyStoppingCallback(patience=9)]
+    whole = fit(digits_learner(ranger, cbs=keep()), 3, method=method)
+    files = {f.name: f.stat().st_mtime_ns for f in (whole.path/whole.model_dir).iterdir()}
+    other = digits_learner(ranger, cbs=keep(), path=whole.path)
+    other.load('run_1')
+    fit(other, 3, method=method, start_epoch=2)
+    assert {f.name for f in (whole.path/whole.model_dir).iterdir() if f.stat().st_mtime_ns != files[f.name]} == {'run_2.pth'}
+    assert largest(weights(whole.model), weights(other.model)) == 0
+    best = digits_learner(ranger, cbs=SaveModelCallback(), path=whole.path)
+    best.load('run_1')
+    fit(best, 3, method=method, start_epoch=2)
+    assert largest(weights(whole.model), weights(best.model)) == 0 and best.save_model.run
 
 @pytest.mark.parametrize('fitted', (True, False))
 def test_lr_find_leaves_nothing_behind(fitted):
