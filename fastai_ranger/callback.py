@@ -23,23 +23,26 @@ class SlowWeights(Callback):
 
     def before_fit(self):
         "`ValueError` if the optimizer keeps no slow weights"
-        self.trained = False
+        self.trained,self.visiting = False,getattr(self, 'visiting', False)
         if self.opt is not None and not getattr(self.opt, 'has_slow_weights', False):
             raise ValueError(f"`SlowWeights` needs an `opt_func` that keeps slow weights, such as `fastai_ranger.ranger`, got a {type(self.opt).__name__} that keeps none")
 
     def before_train(self):
-        self.trained = True
+        self.trained,self.visiting = True,False
         self.opt.to_fast()
 
     def before_validate(self):
-        if self.valid and self.opt is not None: self.opt.to_slow()
+        if not self.valid or self.opt is None: return
+        if not any('fast' in o for o in self.opt.state.values()): self.visiting = True # or a loaded model is on them already
+        self.opt.to_slow()
 
     def after_fit(self):
         if self.opt is None or hasattr(self.learn, 'lr_finder'): return # which puts everything back
         if self.end and self.trained:
             self.opt.to_slow()
             self.opt.sync()
-        else: self.opt.to_fast()
+        elif self.trained or self.visiting: self.opt.to_fast()
+        self.visiting = False
 
 # %% ../nbs/04_callback.ipynb #27e4f162
 _fit_flat_cos = Learner.fit_flat_cos
@@ -80,6 +83,7 @@ _lr_find = Learner.lr_find
 def lr_find(self:Learner, *args, **kwargs):
     "fastai's `lr_find`, which puts the hypers back too"
     hypers = self.opt and [dict(o) for o in self.opt.hypers]
-    res = _lr_find(self, *args, **kwargs)
-    for old,new in zip(hypers or (), self.opt.hypers): new.update(old)
-    return res
+    try: return _lr_find(self, *args, **kwargs)
+    finally:
+        for k in ('lr', 'wd'): # what `fit` sets
+            if hypers and k in hypers[0]: self.opt.set_hyper(k, [o[k] for o in hypers])

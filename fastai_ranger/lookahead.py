@@ -7,7 +7,9 @@ __all__ = ['slow_weights', 'lookahead_step']
 
 # %% ../nbs/02_lookahead.ipynb #f31113b6
 import math,torch
-from fastcore.all import patch
+from fastcore.all import merge,patch
+from functools import partial
+from torch.nn import Parameter
 from .stepper import *
 from .stepper import _func
 
@@ -69,17 +71,16 @@ def has_slow_weights(self:MultiTensorOptimizer)->bool:
 
 @patch
 def _slow(self:MultiTensorOptimizer):
-    "Parameter, state and `alpha`, for each parameter with slow weights; if they are stale, these begin anew"
+    "Parameter, state and `alpha`, for each that has slow weights and is not frozen; if they are stale, these start anew"
     if not self.has_slow_weights: raise ValueError("this optimizer keeps no slow weights: a stepper such as `slow_weights` is missing")
-    res = [(p, s, h['alpha']) for p,_,s,h in self.all_params() if 'slow' in s]
-    edits = self._edits()
-    if self._replaced(edits):
-        for p,s,_ in res:
-            s['slow'].copy_(p.detach())
-            s['slow_step'] = 0
-            s.pop('fast', None)
-    self._noted += edits # for the next update to count
-    self._mark()
+    self._notice()
+    settled = merge(*[o.keywords for o in self.cbs if isinstance(o, partial)])
+    res = [(p, s, {**h, **settled}['alpha']) for p,_,s,h in self.all_params() if 'slow' in s and (p.requires_grad or not isinstance(p, Parameter))]
+    for p,s,_ in res:
+        if not s.get('replaced'): continue
+        s['slow'].copy_(p.detach())
+        s['slow_step'] = 0
+        s.pop('fast', None)
     return res
 
 @patch

@@ -15,6 +15,7 @@ from itertools import groupby,repeat
 from numbers import Real
 from operator import itemgetter
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from warnings import warn
 from fastcore.all import L,merge,patch
 from fastai.optimizer import Optimizer
@@ -157,12 +158,12 @@ class Bucket:
     "Parameters that agree in `hyper`, dtype, device and every plain value of their state"
     def __init__(self, hyper): self.hyper,self.params,self.states = hyper,[],[]
 
-    def run(self, cbs, **kwargs):
+    def run(self, cbs):
         "Call each of `cbs` once for all `params`, and store what they return in `states`"
         old = {k: v if isinstance(v, _plain) else [s[k] for s in self.states] for k,v in self.states[0].items()}
         new = {}
         for cb in cbs:
-            res = cb(self.params, **{**old, **new, **self.hyper, **kwargs})
+            res = cb(self.params, **{**old, **new, **self.hyper})
             if isinstance(res, dict): new.update(res)
         for k,v in new.items():
             for s,o in zip(self.states, v if isinstance(v, (list,tuple)) else repeat(v)):
@@ -195,7 +196,7 @@ class MultiTensorOptimizer(Optimizer):
         super().__init__(params, cbs, **merge(*map(_defaults, cbs), defaults))
         for cb in self.cbs:
             for k,v in (cb.keywords if isinstance(cb, partial) else {}).items(): self._check_hyper(k, [v])
-        self._counting,self._noted = False,[]
+        self._changed,self._changes,self._usual = False,0,0
         self._mark()
 
     def set_hypers(self, **kwargs):
@@ -203,7 +204,9 @@ class MultiTensorOptimizer(Optimizer):
         old = [dict(o) for o in self.hypers]
         try: super().set_hypers(**kwargs)
         except Exception:
-            self.hypers = L(old)
+            for h,o in zip(self.hypers, old):
+                h.clear()
+                h.update(o)
             raise
 
     def set_hyper(self, k, v):
@@ -220,63 +223,80 @@ class MultiTensorOptimizer(Optimizer):
         self._check_hyper(k, v)
         super()._set_hyper(k, v)
 
-# %% ../nbs/00_stepper.ipynb #25314d88
+# %% ../nbs/00_stepper.ipynb #15fcd5d0
+def _sample(p):
+    "Up to 64 numbers of `p`, in the order of memory"
+    n = min(64, p.numel(), p.untyped_storage().nbytes()//p.element_size() - p.storage_offset())
+    return torch.as_strided(p.detach(), (n,), (1,)).clone()
+
 @patch
-def _probe(self:MultiTensorOptimizer):
-    "Some weights from both ends of the model"
-    ps = [pg[i] for pg in self.param_lists if len(pg) for i in (0, -1)]
-    return [torch.as_strided(p.detach(), (min(64, p.numel()),), (1,)).clone() for p in (ps[0], ps[-1])]
+def _params(self:MultiTensorOptimizer): return [p for pg in self.param_lists for p in pg if not is_lazy(p)]
 
 @patch
 def _mark(self:MultiTensorOptimizer):
     "Remember the parameters as they are now"
-    self._versions,self._seen,self._stale = [p._version for pg in self.param_lists for p in pg],self._probe(),False
+    ps = self._params()
+    self._versions,self._ends = [p._version for p in ps],{p: _sample(p) for p in (*ps[:1], *ps[-1:])}
 
 @patch
-def _edits(self:MultiTensorOptimizer)->list: # `(parameter, n)`
-    "The parameters that something else has changed since the last update, and how often"
-    now = [p._version for pg in self.param_lists for p in pg]
-    if now==self._versions or len(now) != len(self._versions): return []
-    ps = [p for pg in self.param_lists for p in pg]
-    return [(p, v-old) for p,v,old in zip(ps, now, self._versions) if v != old]
+def _edits(self:MultiTensorOptimizer):
+    "What something else has changed since the last update, and how often; and whether that put other weights into the model"
+    ps = self._params()
+    now = [p._version for p in ps]
+    if now==self._versions or len(now) != len(self._versions): return {},False
+    edits = {p: v-old for p,v,old in zip(ps, now, self._versions) if v != old}
+    states = [self.state[p] for p in edits]
+    other_ends = any(not torch.equal(o, _sample(p)) for p,o in self._ends.items())
+    if all('edits' in o for o in states): # a series, unless all were changed once more, or on a visit of the slow weights
+        more = self._usual and self._changes + sum(edits.values()) == self._usual + len(ps)
+        return edits, len(edits)==len(ps) and bool(more or other_ends and any('fast' in o for o in states))
+    return edits, min(edits.values())==1 or not set(self._ends) <= set(edits) or other_ends
 
 @patch
-def _replaced(self:MultiTensorOptimizer, edits)->bool:
-    "Have `edits` put other weights into the model?"
-    edits = [(n, self.state[p]) for p,n in edits]
-    if self._stale: return True
-    if all('edits' in s and 'fast' not in s for _,s in edits): return False # none, or each is one of a series
-    return min(n for n,_ in edits)==1 or not all(map(torch.equal, self._seen, self._probe())) # swapping takes two
+def _flags(self:MultiTensorOptimizer, p, edits, replaced):
+    trained = set(self.state[p]) - set(self._keep_on_clear)
+    return {**(dict(edited=True) if p in edits else {}), **(dict(replaced=True) if replaced and trained else {})}
 
-# %% ../nbs/00_stepper.ipynb #479e56bb
 @patch
-def _count_edits(self:MultiTensorOptimizer, edits):
-    edited,self._noted = {p for p,_ in self._noted+edits},[]
-    if not (edited or self._counting): return
-    for p,_,state,_ in self.all_params():
-        state['edits'] = 2 if p in edited else state.get('edits', 0)-1
-        if state['edits'] <= 0: del state['edits']
-    self._counting = any('edits' in o for o in self.state.values())
+def _notice(self:MultiTensorOptimizer):
+    "Note in the state of the parameters what something else has changed since the last update"
+    edits,replaced = self._edits()
+    if not edits: return
+    for p in self._params(): self.state[p].update(self._flags(p, edits, replaced))
+    self._changes += sum(edits.values())
+    self._changed = True
+    self._mark()
+
+@patch
+def _count_edits(self:MultiTensorOptimizer):
+    "Begin an update: what was `edited` before it counts for two more"
+    self._usual,self._changes = self._changes and max(self._changes, self._usual),0
+    if not self._changed: return
+    for p in self._params():
+        s = self.state[p]
+        if s.pop('edited', False): s['edits'] = 3
+        if p.grad is not None and 'edits' in s:
+            s['edits'] -= 1
+            if not s['edits']: del s['edits']
+    self._changed = any('edits' in o or 'replaced' in o for o in self.state.values())
 
 # %% ../nbs/00_stepper.ipynb #b5dea885
 @patch
 def __getstate__(self:MultiTensorOptimizer):
-    edits = self._edits()
-    return {**self.__dict__, '_noted': self._noted+edits, '_stale': self._replaced(edits)}
+    edits,replaced = self._edits()
+    state = defaultdict(dict, {p: {**s, **self._flags(p, edits, replaced)} for p,_,s,_ in self.all_params()})
+    return {**self.__dict__, 'state': state, '_changed': self._changed or bool(edits)}
 
 @patch
 def __setstate__(self:MultiTensorOptimizer, d):
     self.__dict__.update(d)
     self._mark() # the tensors are others
-    self._stale = d['_stale']
 
 @patch
-def state_dict(self:MultiTensorOptimizer)->dict: # `state`, `hypers`, and `replaced` if other weights have been put into the model
+def state_dict(self:MultiTensorOptimizer)->dict: # `state` and `hypers`
     "State of each parameter and hypers of each group"
-    edits = self._edits()
-    edited = {p for p,_ in self._noted+edits}
-    state = [{**s, 'edits': 3} if p in edited else s for p,_,s,_ in self.all_params()] # 2 after the next update
-    return dict(state=state, hypers=self.hypers, **(dict(replaced=True) if self._replaced(edits) else {}))
+    edits,replaced = self._edits()
+    return dict(state=[{**s, **self._flags(p, edits, replaced)} for p,_,s,_ in self.all_params()], hypers=self.hypers)
 
 # %% ../nbs/00_stepper.ipynb #6d2144e5
 _dtypes = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -295,6 +315,17 @@ def _values(names):
     return itemgetter(*names) if names else lambda _: None
 
 @patch
+def _keeps(self:MultiTensorOptimizer): return [getattr(_func(cb), 'keeps', []) for cb in self.cbs]
+
+@patch
+def _follow(self:MultiTensorOptimizer):
+    "Move what the steppers keep to dtype and device of its parameter, as after `model.double()`"
+    for p in self._params():
+        s = self.state[p]
+        for k in sum(self._keeps(), []):
+            if isinstance(s.get(k), Tensor) and s[k].is_floating_point(): s[k] = s[k].to(p.device, p.dtype)
+
+@patch
 def buckets(self:MultiTensorOptimizer)->list: # `Bucket`s, in the order of their first parameters
     "The parameters that have a gradient, in buckets"
     hypers,res,names,last = list(self.hypers),{},None,None
@@ -308,6 +339,9 @@ def buckets(self:MultiTensorOptimizer)->list: # `Bucket`s, in the order of their
             if key != last:
                 if key not in res:
                     _check_grad(p, f"parameter {j} of group {i}")
+                    if any(isinstance(o, Tensor) and (o.dtype,o.device) != (p.dtype,p.device) for o in map(state.get, sum(self._keeps(), []))):
+                        self._follow()
+                        return self.buckets()
                     res[key] = Bucket(hyper)
                 last,bucket = key,res[key]
             bucket.params.append(p)
@@ -319,20 +353,21 @@ def buckets(self:MultiTensorOptimizer)->list: # `Bucket`s, in the order of their
 def step(self:MultiTensorOptimizer, closure=None):
     "Update every parameter that has a gradient"
     if closure is not None: raise NotImplementedError("fastai optimizers do not take a closure")
+    self._notice()
     buckets = self.buckets() # raises if a gradient cannot be stepped
-    edits = self._edits()
-    replaced = self._replaced(edits)
-    self._count_edits(edits)
+    self._count_edits()
     for multi,cbs in groupby(self.cbs, _is_multi):
         cbs = list(cbs)
         if multi:
-            for b in buckets or self.buckets(): b.run(cbs, replaced=replaced)
+            for b in buckets or self.buckets(): b.run(cbs)
         else:
             for p,_,state,hyper in self.all_params(with_grad=True):
                 for cb in cbs:
                     res = cb(p, **{**state, **hyper})
                     if isinstance(res, dict): state.update(res)
             buckets = None
+    if self._changed:
+        for p,_,state,_ in self.all_params(with_grad=True): state.pop('replaced', None)
     self._mark()
 
 # %% ../nbs/00_stepper.ipynb #6af9d4f1
@@ -352,12 +387,11 @@ def freeze_to(self:MultiTensorOptimizer,
         for p in pg:
             if not p.requires_grad: p.grad = None
 
-# %% ../nbs/00_stepper.ipynb #cfe4fd5c
-def _take(p, v):
-    "A copy of `v`, from the state of a checkpoint, for `p`"
+# %% ../nbs/00_stepper.ipynb #149ea9b9
+def _take(p, v, kept):
+    "A copy of `v`, from the state of a checkpoint, for `p`; in the dtype of `p` if a stepper keeps it (`kept`)"
     if not isinstance(v, Tensor): return deepcopy(v)
-    like_p = v.is_floating_point() and v.shape==p.shape
-    return v.detach().to(p.device, p.dtype if like_p else v.dtype, copy=True)
+    return v.detach().to(p.device, p.dtype if kept else v.dtype, copy=True)
 
 @patch
 def _fit(self:MultiTensorOptimizer, sd):
@@ -369,17 +403,19 @@ def _fit(self:MultiTensorOptimizer, sd):
     hypers = [{**old, **new} for old,new in zip(self.hypers, sd['hypers'])]
     for h in hypers:
         for k,v in h.items(): self._check_hyper(k, [v])
-    keeps,states,found = [getattr(_func(cb), 'keeps', []) for cb in self.cbs],[],set()
+    keeps,states,found = self._keeps(),[],set()
     for (name,p),new in zip(names, sd['state']):
         partly = {k for ks in keeps for k in ks if not set(ks) <= set(new)}
-        for k in {k for ks in keeps for k in ks} & set(new):
-            shape = getattr(new[k], 'shape', ())
-            if shape and shape != p.shape: raise ValueError(f"`{k}` of {name} has shape {tuple(shape)}, the parameter has {tuple(p.shape)}")
+        if 'step' in partly: partly = set(sum(keeps, [])) # averages mean nothing without it
+        for k in sum(keeps, []):
+            if k not in new: continue
+            if isinstance(new[k], Tensor) and new[k].shape != p.shape:
+                raise ValueError(f"`{k}` of {name} has shape {tuple(new[k].shape)}, the parameter has {tuple(p.shape)}")
         kept = {k:v for k,v in self.state[p].items() if k in self._keep_on_clear}
-        states.append({**kept, **{k: _take(p, v) for k,v in new.items() if k not in partly}})
+        states.append({**kept, **{k: _take(p, v, k in sum(keeps, [])) for k,v in new.items() if k not in partly}})
         found |= set(new)-partly
     trained = {k for s in sd['state'] for k in s} - set(self._keep_on_clear)
-    return hypers,states,[k for ks in keeps for k in ks if k not in found] if trained else []
+    return hypers,states,[k for k in sum(keeps, []) if k not in found] if trained else []
 
 @patch
 def load_state_dict(self:MultiTensorOptimizer,
@@ -393,6 +429,5 @@ def load_state_dict(self:MultiTensorOptimizer,
     if lacks: warn(f"the checkpoint has no {', '.join(f'`{o}`' for o in lacks)}: started anew")
     self.hypers = L(hypers)
     self.state = defaultdict(dict, zip([p for pg in self.param_lists for p in pg], states))
-    self._counting,self._noted = True,[]
+    self._changed,self._changes,self._usual = True,0,0
     self._mark()
-    self._stale = sd.get('replaced', False)

@@ -177,6 +177,38 @@ def test_dtype_follows_the_parameter():
     assert {v.dtype for v in other.state[q].values() if isinstance(v, torch.Tensor)} == {torch.float64}
     steps(other, 8)
 
+@stepper
+def master(p, lr, master=None, **kwargs):
+    "SGD on a copy in float32"
+    if master is None: master = [o.detach().float() for o in p]
+    torch._foreach_add_(master, [o.grad.float() for o in p], alpha=-lr)
+    torch._foreach_copy_(p, master)
+    return {'master': master}
+
+def test_state_of_a_users_stepper_keeps_its_dtype():
+    p,q = (torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2))
+    opt,other = (MultiTensorOptimizer([o], master, lr=1e-4) for o in (p, q))
+    steps(opt, 5)
+    other.load_state_dict(opt.state_dict())
+    for o in (opt, other): steps(o, 40)
+    assert other.state[q]['master'].dtype is torch.float32 and torch.equal(p, q) and p[0] < 1
+
+def test_averages_without_a_count_start_anew():
+    "in the chain of steppers too"
+    p,q = param(1., 2.), param(1., 2.)
+    sgd = stock.SGD([p], lr=.01, mom=.9)
+    steps(sgd, 20)
+    opt = MultiTensorOptimizer([q], [weight_decay, average_grad, average_sqr_grad, step_stat, radam_step], lr=.01, mom=.9, sqr_mom=.99)
+    with pytest.warns(UserWarning, match='no `grad_avg`, `sqr_avg`, `step`'): opt.load_state_dict(sgd.state_dict())
+    assert 'grad_avg' not in opt.state[q]
+
+def test_a_scalar_is_a_shape():
+    p,q = param(1.)[0].detach(), param(1., 2.)
+    p.grad = torch.ones_like(p)
+    opt,other = ranger([p], lr=.1),ranger([q], lr=.1)
+    opt.step()
+    with pytest.raises(ValueError, match=r'has shape \(\), the parameter has \(2,\)'), pytest.warns(UserWarning): other.load_state_dict(opt.state_dict())
+
 def test_do_wd_stays_if_the_checkpoint_has_none():
     p,q = param(1.), param(1.)
     opt,other = ranger([p], lr=.1),ranger([q], lr=.1)

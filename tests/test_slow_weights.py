@@ -105,6 +105,38 @@ def test_no_slow_weights(f):
     with pytest.raises(ValueError, match='keeps no slow weights'): getattr(opt, f)()
     getattr(ranger([param(1.)], lr=.1), f)() # not begun yet
 
+def test_frozen_weights_stay():
+    a,b = param(1.), param(1.)
+    opt = sgd_ahead([[a], [b]])
+    steps(opt, 2)
+    a.requires_grad_(False)
+    opt.to_slow()
+    opt.sync()
+    assert a.item() == pytest.approx(.8) and b.item() == 1
+
+def test_hypers_that_are_settled():
+    p = param(1.)
+    opt = MultiTensorOptimizer([p], [slow_weights, sgd_step, partial(lookahead_step, k=3, alpha=.25)], lr=.1)
+    steps(opt, 2)
+    opt.sync()
+    assert p.item() == pytest.approx(.95)
+
+def test_a_visit_by_layers_that_change_in_their_forward_pass():
+    "`max_norm` of an embedding renormalises what it looks up"
+    emb,lin = torch.nn.Embedding(5, 3, max_norm=1.),torch.nn.Linear(3, 1)
+    forward = lambda: lin(emb(torch.arange(5))).pow(2).mean()
+    opt = ranger([*emb.parameters(), *lin.parameters()], lr=.1)
+    for i in range(15):
+        opt.zero_grad()
+        forward().backward()
+        opt.step()
+    fast = weights(lin)
+    opt.to_slow()
+    assert not torch.equal(fast[0], lin.weight)
+    for _ in range(2): forward()
+    opt.to_fast()
+    assert equal(fast, weights(lin)) and opt.state[lin.weight]['slow_step'] == 15
+
 # The callback
 
 def trained(*cbs, n=2, opt_func=ranger, **kwargs): return fit(digits_learner(opt_func, metrics=accuracy, cbs=list(cbs)), n, **kwargs)
@@ -228,6 +260,15 @@ def test_validate_and_predict():
     with plain.no_bar(): assert torch.allclose(preds, plain.get_preds()[0], atol=1e-6)
     fresh = digits_learner(ranger, cbs=SlowWeights())
     with fresh.no_bar(): fresh.validate() # there is no optimizer yet
+
+def test_a_checkpoint_that_was_saved_on_slow_weights_stays_on_them():
+    "until it is trained"
+    learn = trained(SlowWeights(), SaveModelCallback(every_epoch=1, with_opt=True), n=1)
+    other = digits_learner(ranger, cbs=SlowWeights(), path=learn.path)
+    other.load('model_0')
+    before = weights(other.model)
+    with other.no_bar(), other.no_logging(): other.validate()
+    assert equal(before, weights(other.model)) and equal(before, weights(learn.model))
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('cbs', [lambda: [MixedPrecision(), Overflow(0, 1, 9)], lambda: [GradientAccumulation(128)]])

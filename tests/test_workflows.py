@@ -14,6 +14,7 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.distributed import ParallelTrainer # noqa: F401, adds `to_parallel`
 from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params
 from fastai_ranger.all import *
 from fastcore.all import L
@@ -98,7 +99,7 @@ def test_a_change_to_a_frozen_part_restarts_once():
         return opt.state[head]['slow_step']
     step()
     with torch.no_grad(): body.fill_(2.)
-    assert [step() for _ in range(5)] == [1, 2, 3, 4, 5] and 'edits' not in opt.state[body]
+    assert [step() for _ in range(5)] == [1, 2, 3, 4, 5] and 'slow' not in opt.state[body]
 
 def test_swapped_and_back_is_the_same():
     def run(visit):
@@ -114,6 +115,34 @@ def test_swapped_and_back_is_the_same():
         return p.tolist()+q.tolist()
     assert run(True) == run(False)
 
+@pytest.mark.parametrize('save', [lambda opt: opt.state_dict(), copy.deepcopy, pickle.dumps])
+def test_saved_while_swapped(save):
+    "Saving the weights of an average, say, makes no difference to the run"
+    def run(save):
+        p,q = param(*range(100)), param(1.)
+        opt = sgd_ahead([p, q])
+        def edit(i):
+            if i%5 != 1: return
+            own = [o.detach().clone() for o in (p, q)]
+            with torch.no_grad():
+                for o in (p, q): o.mul_(.5)
+                save(opt)
+                for o,w in zip((p, q), own): o.copy_(w)
+        steps(opt, 20, edit)
+        return p.tolist()+q.tolist(), [{k: torch.as_tensor(v).tolist() for k,v in opt.state[o].items()} for o in (p, q)]
+    assert run(save) == run(lambda opt: None)
+
+@pytest.mark.parametrize('times', [(1, 2), (1, 1, 1, 3), (1, 3), (2,)])
+def test_a_series_of_several_changes(times):
+    p,q = param(1., 2.), param(3.)
+    opt = sgd_ahead([p, q])
+    def clip(i):
+        with torch.no_grad():
+            for _ in range(times[i%len(times)]):
+                for o in (p, q): o.clamp_(-2.5, 2.5)
+    steps(opt, 60, clip)
+    assert opt.state[p]['slow_step'] >= 55
+
 def test_max_norm_of_an_embedding():
     "A layer that renormalises its weights in every forward pass"
     emb,lin = torch.nn.Embedding(5, 3, max_norm=1.), torch.nn.Linear(3, 1)
@@ -123,6 +152,88 @@ def test_max_norm_of_an_embedding():
         lin(emb(torch.arange(5))).pow(2).mean().backward()
         opt.step()
     assert opt.state[lin.weight]['slow_step'] >= 28
+
+def test_what_has_no_gradient_then_starts_anew_later():
+    "The first update after the loading leaves one parameter out"
+    p,q = param(1.), param(1.)
+    opt = sgd_ahead([p, q])
+    steps(opt, 5)
+    with torch.no_grad():
+        for o in (p, q): o.fill_(7.)
+    opt.set_hyper('lr', 0.)
+    p.grad,q.grad = torch.ones_like(p),None
+    opt.step()
+    steps(opt, 7)
+    assert p.item() == q.item() == 7 and set(opt.state[q]) == {'slow', 'slow_step'}
+
+@pytest.mark.parametrize('part', ['first', 'middle', 'last'])
+def test_a_part_that_is_initialised_in_several_operations(part):
+    "is not taken for weights that were swapped out and back"
+    ps = dict(first=param(*range(9)), middle=param(*range(9)), last=param(1.))
+    opt = sgd_ahead(ps.values())
+    steps(opt, 5)
+    with torch.no_grad(): ps[part].mul_(0).add_(3.)
+    before = [p.tolist() for p in ps.values()]
+    opt.set_hyper('lr', 0.)
+    steps(opt, 7)
+    assert [p.tolist() for p in ps.values()] == before
+
+@pytest.mark.parametrize('load', (True, False))
+def test_loaded_in_a_run_that_clips_all_weights(load):
+    p,q = param(1., 2.), param(3.)
+    opt = sgd_ahead([p, q])
+    def clip(i):
+        with torch.no_grad():
+            for o in (p, q): o.clamp_(-2.5, 2.5)
+    steps(opt, 8, clip)
+    before = [o.tolist() for o in (p, q)]
+    if load:
+        with torch.no_grad():
+            for o in (p, q): o.add_(1.)
+        opt.set_hyper('lr', 0.)
+        steps(opt, 7)
+        assert [o.tolist() for o in (p, q)] == [[x+1 for x in o] for o in before]
+    else: assert opt.state[p]['slow_step'] == 7 # the first clipping was a new start
+
+def test_alternating_networks_one_of_them_clipped():
+    "as in a WGAN that clips without `.data`: the generator's updates do not end the series"
+    c,g = param(1.), param(1.)
+    opt = sgd_ahead([[c], [g]])
+    for i in range(60):
+        on,off = (c, g) if i%4==0 else (g, c)
+        on.grad,off.grad = torch.ones_like(on),None
+        opt.step()
+        if on is c:
+            with torch.no_grad(): c.clamp_(-.9, .9)
+    assert opt.state[c]['slow_step'] == 14 and opt.state[g]['slow_step'] >= 41
+
+def test_dtype_changes_between_updates():
+    "`model.double()` takes the state along"
+    for name in ('double', 'half', 'bfloat16'):
+        model = torch.nn.Linear(3, 2)
+        for n in (3, 8):
+            opt = ranger(model.parameters(), lr=.01)
+            steps(opt, n)
+            opt.zero_grad()
+            getattr(model, name)()
+            steps(opt, 7)
+            p = model.weight
+            assert {v.dtype for v in opt.state[p].values() if isinstance(v, torch.Tensor)} == {p.dtype} and p.isfinite().all()
+            assert opt.state[p]['step'] == n+7
+            model.float()
+
+def test_lazy_and_expanded_parameters():
+    model = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.ReLU(), torch.nn.LazyLinear(1))
+    opt = ranger(list(model.parameters()), lr=.1)
+    for _ in range(7):
+        model(torch.ones(2, 3)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    assert opt.state[model[0].weight]['slow_step'] == 7
+    p = param(1.)
+    opt = ranger([torch.nn.Parameter(torch.zeros(1).expand(8), requires_grad=False), p], lr=.1)
+    p.grad = torch.ones_like(p)
+    opt.step()
 
 def test_copies_notice_too():
     learn = fit(digits_learner(ranger))
@@ -302,6 +413,14 @@ def test_lr_find_leaves_nothing_behind(fitted):
     assert largest(weights(learn.model), weights(other.model)) == 0 and same(state(learn), state(other)) and list(learn.opt.hypers)==list(other.opt.hypers)
     learn.dls,other.dls = (digits_learner(ranger).dls for _ in range(2))
     assert largest(*(weights(fit(o).model) for o in (learn, other))) == 0
+    def fails(*args): raise ZeroDivisionError
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ZeroDivisionError): learn.lr_find(num_it=20, show_plot=False, suggest_funcs=fails)
+    wrapped = digits_learner(partial(OptimWrapper, opt=torch.optim.Adam))
+    fit(wrapped)
+    for o in (learn, wrapped):
+        hypers = copy.deepcopy(list(o.opt.hypers))
+        with o.no_bar(), o.no_logging(): o.lr_find(num_it=20, show_plot=False)
+        assert list(o.opt.hypers) == hypers
     fresh = digits_learner(ranger)
     with fresh.no_bar(), fresh.no_logging(): fresh.lr_find(num_it=20, show_plot=False) # makes the optimizer
 
