@@ -226,24 +226,25 @@ class MultiTensorOptimizer(Optimizer):
 # %% ../nbs/00_stepper.ipynb #15fcd5d0
 def _sample(p):
     "Up to 64 numbers of `p`, in the order of memory"
+    if is_lazy(p): return torch.empty(0)
     n = min(64, p.numel(), p.untyped_storage().nbytes()//p.element_size() - p.storage_offset())
     return torch.as_strided(p.detach(), (n,), (1,)).clone()
 
 @patch
-def _params(self:MultiTensorOptimizer): return [p for pg in self.param_lists for p in pg if not is_lazy(p)]
+def _params(self:MultiTensorOptimizer): return [p for pg in self.param_lists for p in pg]
 
 @patch
 def _mark(self:MultiTensorOptimizer):
     "Remember the parameters as they are now"
-    ps = self._params()
-    self._versions,self._ends = [p._version for p in ps],{p: _sample(p) for p in (*ps[:1], *ps[-1:])}
+    pgs = [pg for pg in self.param_lists if len(pg)]
+    self._versions,self._ends = [p._version for pg in pgs for p in pg],{p: _sample(p) for p in (pgs[0][0], pgs[-1][-1])}
 
 @patch
 def _edits(self:MultiTensorOptimizer):
     "What something else has changed since the last update, and how often; and whether that put other weights into the model"
-    ps = self._params()
-    now = [p._version for p in ps]
+    now = [p._version for pg in self.param_lists for p in pg]
     if now==self._versions or len(now) != len(self._versions): return {},False
+    ps = self._params()
     edits = {p: v-old for p,v,old in zip(ps, now, self._versions) if v != old}
     states = [self.state[p] for p in edits]
     other_ends = any(not torch.equal(o, _sample(p)) for p,o in self._ends.items())
