@@ -12,7 +12,7 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import ParamScheduler, SchedLin, SchedNo, combine_scheds
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastai.distributed import ParallelTrainer # noqa: F401, adds `to_parallel`
+import fastai.distributed # `to_parallel`, which needs accelerate
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params
