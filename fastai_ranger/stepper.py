@@ -247,11 +247,9 @@ def _edits(self:MultiTensorOptimizer):
     ps = self._params()
     edits = {p: v-old for p,v,old in zip(ps, now, self._versions) if v != old}
     states = [self.state[p] for p in edits]
-    other_ends = any(not torch.equal(o, _sample(p)) for p,o in self._ends.items())
-    if all('edits' in o for o in states): # a series, unless all were changed once more, or on a visit of the slow weights
-        more = self._usual and self._changes + sum(edits.values()) == self._usual + len(ps)
-        return edits, len(edits)==len(ps) and bool(more or other_ends and any('fast' in o for o in states))
-    return edits, min(edits.values())==1 or not set(self._ends) <= set(edits) or other_ends
+    if all('edits' in o for o in states): # a series, unless all have been changed once more than usual
+        return edits, len(edits)==len(ps) and 0 < self._usual == self._changes + sum(edits.values()) - len(ps)
+    return edits, min(edits.values())==1 or not set(self._ends) <= set(edits) or any(not torch.equal(o, _sample(p)) for p,o in self._ends.items())
 
 @patch
 def _flags(self:MultiTensorOptimizer, p, edits, replaced):

@@ -99,7 +99,7 @@ def test_a_change_to_a_frozen_part_restarts_once():
         return opt.state[head]['slow_step']
     step()
     with torch.no_grad(): body.fill_(2.)
-    assert [step() for _ in range(5)] == [1, 2, 3, 4, 5] and 'slow' not in opt.state[body]
+    assert [step() for _ in range(5)] == [1, 2, 3, 4, 5] and not {'slow', 'replaced'} & set(opt.state[body])
 
 def test_swapped_and_back_is_the_same():
     def run(visit):
@@ -151,18 +151,20 @@ def test_max_norm_of_an_embedding():
         opt.zero_grad()
         lin(emb(torch.arange(5))).pow(2).mean().backward()
         opt.step()
+        for _ in range(3*(i%5==4)): emb(torch.arange(5)) # as many more as there are parameters
     assert opt.state[lin.weight]['slow_step'] >= 28
 
 def test_what_has_no_gradient_then_starts_anew_later():
-    "The first update after the loading leaves one parameter out"
+    "The first updates after the loading leave one parameter out"
     p,q = param(1.), param(1.)
     opt = sgd_ahead([p, q])
     steps(opt, 5)
     with torch.no_grad():
         for o in (p, q): o.fill_(7.)
     opt.set_hyper('lr', 0.)
-    p.grad,q.grad = torch.ones_like(p),None
-    opt.step()
+    for _ in range(4):
+        p.grad,q.grad = torch.ones_like(p),None
+        opt.step()
     steps(opt, 7)
     assert p.item() == q.item() == 7 and set(opt.state[q]) == {'slow', 'slow_step'}
 
