@@ -49,6 +49,8 @@ def test_where_the_weights_lie_stays():
     steps(opt, 4)
     where = p.data_ptr(), opt.state[p]['slow'].data_ptr()
     for f in (opt.to_slow, opt.to_fast, opt.sync, opt.step): f()
+    with torch.no_grad(): p.fill_(7.)
+    opt.step() # begins anew
     assert where == (p.data_ptr(), opt.state[p]['slow'].data_ptr())
 
 @pytest.mark.parametrize('alpha', [0., .5, 1., [.2, .8]])

@@ -154,19 +154,21 @@ def test_max_norm_of_an_embedding():
         for _ in range(3*(i%5==4)): emb(torch.arange(5)) # as many more as there are parameters
     assert opt.state[lin.weight]['slow_step'] >= 28
 
-def test_what_has_no_gradient_then_starts_anew_later():
+@pytest.mark.parametrize('both', (True, False))
+def test_what_has_no_gradient_then_starts_anew_later(both):
     "The first updates after the loading leave one parameter out"
     p,q = param(1.), param(1.)
     opt = sgd_ahead([p, q])
     steps(opt, 5)
     with torch.no_grad():
-        for o in (p, q): o.fill_(7.)
+        for o in (p, q) if both else (p,): o.fill_(7.)
+    stays = q.item()
     opt.set_hyper('lr', 0.)
     for _ in range(4):
         p.grad,q.grad = torch.ones_like(p),None
         opt.step()
     steps(opt, 7)
-    assert p.item() == q.item() == 7 and set(opt.state[q]) == {'slow', 'slow_step'}
+    assert p.item() == 7 and q.item() == stays and set(opt.state[q]) == {'slow', 'slow_step'} and opt.state[q]['slow_step'] == 7
 
 @pytest.mark.parametrize('part', ['first', 'middle', 'last'])
 def test_a_part_that_is_initialised_in_several_operations(part):
