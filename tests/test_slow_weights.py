@@ -214,6 +214,12 @@ def test_lr_find(fitted):
     with learn.no_bar(), learn.no_logging():
         for _ in range(2): learn.lr_find(num_it=20, show_plot=False)
     assert equal(before[0], weights(learn.model)) and same(before[1], state(learn)) and same(before[1], state(other))
+    for o in (SlowWeights(), None): # stopped in mid-cycle, and then with the callback
+        learn.remove_cb(SlowWeights)
+        learn.add_cbs(o)
+        before = weights(learn.model),state(learn)
+        with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=20, show_plot=False)
+        assert equal(before[0], weights(learn.model)) and same(before[1], state(learn))
 
 class Stop(Callback):
     "Raises `e` in the second epoch"
