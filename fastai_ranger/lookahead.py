@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['slow_weights', 'lookahead_step']
 
-# %% ../nbs/02_lookahead.ipynb #f31113b6
-import math,torch
+# %% ../nbs/02_lookahead.ipynb #1af35593
+import torch
 from fastcore.all import merge,patch
 from functools import partial
 from torch.nn import Parameter
@@ -38,14 +38,42 @@ def _put(p, values):
     "Put `values` into `p`, unnoticed by `replaced`"
     torch._foreach_copy_([o.data for o in p], values)
 
-def _finite(p, slow):
-    "`p`, but `slow` where `p` is not finite"
-    if p[0].device.type=='cpu' and all(map(math.isfinite, torch._foreach_norm(p))): return p
-    return [torch.where(o.isfinite(), o, s) for o,s in zip(p, slow)]
+def _found_inf(ts):
+    "1. if one of `ts` has a number that is not finite, else 0., as a tensor"
+    found,one = torch.zeros(1, device=ts[0].device),torch.ones(1, device=ts[0].device)
+    torch._amp_foreach_non_finite_check_and_unscale_(ts, found, one)
+    return found
 
-def _synchronise(p, slow, alpha):
-    torch._foreach_lerp_(slow, _finite(p, slow), alpha)
-    torch._foreach_copy_(p, slow)
+def _pieces(p, slow, n=2**20):
+    "`p` and `slow` in pieces of about `n` numbers"
+    res,size = [],n+1
+    for o,s in zip(p, slow):
+        rows = o.numel() > n and max(1, n*len(o)//o.numel())
+        for a,b in zip(o.split(rows), s.split(rows)) if rows else [(o,s)]:
+            if size+a.numel() > n:
+                res.append(([], []))
+                size = 0
+            res[-1][0].append(a)
+            res[-1][1].append(b)
+            size += a.numel()
+    return res
+
+def _follow(p, slow, alpha):
+    "Move `slow` `alpha` of the way to `p` in one kernel, or not at all if a number of `p` is not finite; nothing waits for the device"
+    torch._fused_sgd_(slow, p, [], lr=-alpha, weight_decay=-1., momentum=0., dampening=0., nesterov=False, maximize=False, is_first_step=False,
+                      found_inf=_found_inf(p))
+
+def _synchronise(p, slow, alpha, alike=False):
+    "Move `slow` `alpha` of the way to `p` and `p` there, which is all the way back where `p` is not finite"
+    if alike and p[0].is_cuda:
+        _follow(p, slow, alpha)
+        torch._foreach_copy_(p, slow)
+    else:
+        for w,s in _pieces(p, slow):
+            fast = w
+            if not w[0].is_cpu or _found_inf(w): fast = [torch.where(a.isfinite(), a, b) for a,b in zip(w, s)]
+            torch._foreach_lerp_(s, fast, alpha)
+            torch._foreach_copy_(w, s)
 
 # %% ../nbs/02_lookahead.ipynb #bc10bc0c
 @stepper
@@ -55,10 +83,11 @@ def lookahead_step(
     slow_step, # Updates since the slow weights were taken, this one included
     k, # Updates from one synchronisation to the next, a whole number from 1 on
     alpha, # How far the slow weights follow, in [0, 1]
+    alike=False, # Are slow weights known to have the strides of their parameters?
     **kwargs
 ):
     "Every `k` updates, move the slow weights `alpha` of the way to `p`, and `p` there"
-    if not slow_step%k: _synchronise(p, slow, alpha)
+    if not slow_step%k: _synchronise(p, slow, alpha, alike)
 
 lookahead_step.defaults = dict(k=6, alpha=.5)
 lookahead_step.checks = dict(k=in_range(1, whole=True), alpha=in_range(0, 1, closed=True))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from warnings import warn
 from .stepper import *
+from .stepper import _strides
 
 # %% ../nbs/01_radam.ipynb #faeec186
 def rectify(
@@ -59,8 +60,6 @@ radam_step.checks = dict(beta=in_range(0), sqr_mom=_check_rectifies, unrectified
 # %% ../nbs/01_radam.ipynb #b6e77924
 _fused_devices = {'cpu', 'cuda', 'mps'}
 
-def _strides(ts): return list(map(Tensor.stride, ts))
-
 # %% ../nbs/01_radam.ipynb #0fe4604d
 def _aligned(
     p, # Tensors to update
@@ -89,6 +88,7 @@ def fused_radam_step(
     step=0, # Updates so far
     grad_avg=None, # Averages of the gradients, one for each of `p`
     sqr_avg=None, # Averages of the squared gradients, one for each of `p`
+    alike=False, # Are gradients and averages known to have the strides of their parameters?
     **kwargs
 )->dict: # `step`, `grad_avg` and `sqr_avg`
     "Weight decay, averages and RAdam step in one, on a fused kernel where there is one"
@@ -99,7 +99,8 @@ def fused_radam_step(
                **step_stat(p, step=step)}
         radam_step(p, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, beta=beta, unrectified=unrectified, **res)
         return res
-    w,g,grad_avg,sqr_avg = _aligned(p, grads(p), grad_avg, sqr_avg)
+    w,g = p,grads(p)
+    if not alike: w,g,grad_avg,sqr_avg = _aligned(p, g, grad_avg, sqr_avg)
     count = torch.full((), step+1, dtype=torch.float32, device=p[0].device)
     kernel,wd = (torch._fused_adamw_, wd/r) if decouple_wd else (torch._fused_adam_, wd)
     kernel(w, g, grad_avg, sqr_avg, [], [count]*len(p), lr=lr*r, beta1=mom, beta2=sqr_mom, weight_decay=wd if do_wd else 0.,

@@ -11,9 +11,9 @@ import math,torch
 from collections import defaultdict
 from copy import deepcopy
 from functools import partial,wraps
-from itertools import groupby,repeat
+from itertools import chain,groupby,repeat
 from numbers import Real
-from operator import itemgetter
+from operator import is_,itemgetter
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from warnings import warn
@@ -153,22 +153,55 @@ common_checks = dict(lr=in_range(0), wd=in_range(0), eps=in_range(0), mom=in_ran
 # %% ../nbs/00_stepper.ipynb #b9dda582
 _plain = (bool, int, float, str, type(None))
 
+# %% ../nbs/00_stepper.ipynb #025bc547
+def _same(a, b):
+    "Do the lists `a` and `b` hold the same objects?"
+    return len(a)==len(b) and all(map(is_, a, b))
+
+def _strides(ts): return [isinstance(o, Tensor) and o.stride() for o in ts]
+
 # %% ../nbs/00_stepper.ipynb #081677a5
 class Bucket:
-    "Parameters that agree in `hyper`, dtype, device and every plain value of their state"
-    def __init__(self, hyper): self.hyper,self.params,self.states = hyper,[],[]
+    "Parameters that agree in hypers, dtype, device and every plain value of their state"
+    def __init__(self, group): self.group,self.params,self.states,self.found = group,[],[],None
 
-    def run(self, cbs):
+    def read(self):
+        "Take over what `states` hold"
+        self.found = self._look()
+        n = len(self.states[0])
+        self.values = {k: v if isinstance(v, _plain) else self.found[i::n] for i,(k,v) in enumerate(self.states[0].items())}
+        self.alike = all(_strides(o)==_strides(self.params) for o in (grads(self.params), *self.values.values()) if isinstance(o, list))
+
+    def _look(self): return list(chain.from_iterable(map(dict.values, self.states)))
+
+    @property
+    def is_current(self):
+        "Do `states` hold what this bucket has put there?"
+        return self.found is not None and _same(self._look(), self.found)
+
+    def run(self, cbs, hyper):
         "Call each of `cbs` once for all `params`, and store what they return in `states`"
-        old = {k: v if isinstance(v, _plain) else [s[k] for s in self.states] for k,v in self.states[0].items()}
+        if self.found is None: self.read()
         new = {}
         for cb in cbs:
-            res = cb(self.params, **{**old, **new, **self.hyper})
+            res = cb(self.params, **{**self.values, 'alike': self.alike, **new, **hyper})
             if isinstance(res, dict): new.update(res)
+        for i,k in enumerate(self.values): 
+            if k in new and self._keep(i, k, new[k]): del new[k]
+        if new: self.found = None
         for k,v in new.items():
             for s,o in zip(self.states, v if isinstance(v, (list,tuple)) else repeat(v)):
                 if o is None: s.pop(k, None)
                 else: s[k] = o
+
+    def _keep(self, i, k, v):
+        "Store `v` under `k`, entry `i` of each state, if it is one plain value again, or the tensors that are there"
+        where = slice(i, None, len(self.values))
+        if isinstance(v, (list,tuple)): return _same(v, self.found[where])
+        if v is None or not isinstance(v, _plain) or not isinstance(self.values[k], _plain): return False
+        for s in self.states: s[k] = v
+        self.values[k],self.found[where] = v,[v]*len(self.states)
+        return True
 
 # %% ../nbs/00_stepper.ipynb #c7eaf5a9
 def _func(cb): return cb.func if isinstance(cb, partial) else cb
@@ -197,6 +230,7 @@ class MultiTensorOptimizer(Optimizer):
         for cb in self.cbs:
             for k,v in (cb.keywords if isinstance(cb, partial) else {}).items(): self._check_hyper(k, [v])
         self._changed,self._changes,self._usual = False,0,0
+        self._forget()
         self._mark()
 
     def set_hypers(self, **kwargs):
@@ -277,6 +311,7 @@ def _count_edits(self:MultiTensorOptimizer):
         if p.grad is not None and 'edits' in s:
             s['edits'] -= 1
             if not s['edits']: del s['edits']
+    self._forget()
     self._changed = any('edits' in o or 'replaced' in o for o in self.state.values())
 
 # %% ../nbs/00_stepper.ipynb #b5dea885
@@ -284,7 +319,7 @@ def _count_edits(self:MultiTensorOptimizer):
 def __getstate__(self:MultiTensorOptimizer):
     edits,replaced = self._edits()
     state = defaultdict(dict, {p: {**s, **self._flags(p, edits, replaced)} for p,_,s,_ in self.all_params()})
-    return {**self.__dict__, 'state': state, '_changed': self._changed or bool(edits)}
+    return {**self.__dict__, 'state': state, '_changed': self._changed or bool(edits), '_last': None}
 
 @patch
 def __setstate__(self:MultiTensorOptimizer, d):
@@ -325,8 +360,33 @@ def _follow(self:MultiTensorOptimizer):
             if isinstance(s.get(k), Tensor) and s[k].is_floating_point(): s[k] = s[k].to(p.device, p.dtype)
 
 @patch
+def _forget(self:MultiTensorOptimizer): self._last = None
+
+@patch
+def _see(self:MultiTensorOptimizer):
+    "What the buckets depend on, besides state; `None` if a gradient is not dense"
+    ps,hypers = self._params(),list(self.hypers)
+    gs = grads(ps)
+    if any(map(is_, gs, repeat(None))):
+        ps = [p for p,g in zip(ps, gs) if g is not None]
+        gs = grads(ps)
+    try: strides = [*map(Tensor.stride, ps), *map(Tensor.stride, gs)]
+    except RuntimeError: return None
+    return [hypers.index(o) for o in hypers],[len(o) for o in self.param_lists],list(map(id, ps)),list(map(Tensor.data_ptr, ps)),strides
+
+@patch
 def buckets(self:MultiTensorOptimizer)->list: # `Bucket`s, in the order of their first parameters
-    "The parameters that have a gradient, in buckets"
+    "The parameters that have a gradient, in buckets: those of the last step, as long as nothing they depend on changes"
+    seen = self._see()
+    if self._last:
+        last,states,buckets = self._last
+        if seen==last and _same(list(self.state.values()), states) and all(o.is_current for o in buckets): return buckets
+    buckets = self._sort()
+    self._last = seen,list(self.state.values()),buckets
+    return buckets
+
+@patch
+def _sort(self:MultiTensorOptimizer):
     hypers,res,names,last = list(self.hypers),{},None,None
     for i,(pg,hyper) in enumerate(zip(self.param_lists, hypers)):
         group = hypers.index(hyper)
@@ -340,8 +400,8 @@ def buckets(self:MultiTensorOptimizer)->list: # `Bucket`s, in the order of their
                     _check_grad(p, f"parameter {j} of group {i}")
                     if any(isinstance(o, Tensor) and (o.dtype,o.device) != (p.dtype,p.device) for o in map(state.get, sum(self._keeps(), []))):
                         self._follow()
-                        return self.buckets()
-                    res[key] = Bucket(hyper)
+                        return self._sort()
+                    res[key] = Bucket(group)
                 last,bucket = key,res[key]
             bucket.params.append(p)
             bucket.states.append(state)
@@ -353,18 +413,18 @@ def step(self:MultiTensorOptimizer, closure=None):
     "Update every parameter that has a gradient"
     if closure is not None: raise NotImplementedError("fastai optimizers do not take a closure")
     self._notice()
-    buckets = self.buckets() # raises if a gradient cannot be stepped
+    self.buckets() # raises if a gradient cannot be stepped
     self._count_edits()
     for multi,cbs in groupby(self.cbs, _is_multi):
         cbs = list(cbs)
         if multi:
-            for b in buckets or self.buckets(): b.run(cbs)
+            for b in self._last[-1] if self._last else self.buckets(): b.run(cbs, self.hypers[b.group])
         else:
             for p,_,state,hyper in self.all_params(with_grad=True):
                 for cb in cbs:
                     res = cb(p, **{**state, **hyper})
                     if isinstance(res, dict): state.update(res)
-            buckets = None
+            self._forget()
     if self._changed:
         for p,_,state,_ in self.all_params(with_grad=True): state.pop('replaced', None)
     self._mark()
@@ -375,6 +435,12 @@ def zero_grad(self:MultiTensorOptimizer):
     "Drop all gradients"
     for pg in self.param_lists:
         for p in pg: p.grad = None
+
+@patch
+def clear_state(self:MultiTensorOptimizer):
+    "Drop all state but `force_train` and `do_wd`"
+    super(MultiTensorOptimizer, self).clear_state()
+    self._forget() # the buckets hold the tensors
 
 @patch
 def freeze_to(self:MultiTensorOptimizer,
@@ -429,4 +495,5 @@ def load_state_dict(self:MultiTensorOptimizer,
     self.hypers = L(hypers)
     self.state = defaultdict(dict, zip([p for pg in self.param_lists for p in pg], states))
     self._changed,self._changes,self._usual = True,0,0
+    self._forget()
     self._mark()
