@@ -44,20 +44,6 @@ def _found_inf(ts):
     torch._amp_foreach_non_finite_check_and_unscale_(ts, found, one)
     return found
 
-def _pieces(p, slow, n=2**20):
-    "`p` and `slow` in pieces of about `n` numbers"
-    res,size = [],n+1
-    for o,s in zip(p, slow):
-        rows = o.numel() > n and max(1, n*len(o)//o.numel())
-        for a,b in zip(o.split(rows), s.split(rows)) if rows else [(o,s)]:
-            if size+a.numel() > n:
-                res.append(([], []))
-                size = 0
-            res[-1][0].append(a)
-            res[-1][1].append(b)
-            size += a.numel()
-    return res
-
 def _follow(p, slow, alpha):
     "Move `slow` `alpha` of the way to `p` in one kernel, or not at all if a number of `p` is not finite; nothing waits for the device"
     torch._fused_sgd_(slow, p, [], lr=-alpha, weight_decay=-1., momentum=0., dampening=0., nesterov=False, maximize=False, is_first_step=False,
@@ -69,7 +55,7 @@ def _synchronise(p, slow, alpha, alike=False):
         _follow(p, slow, alpha)
         torch._foreach_copy_(p, slow)
     else:
-        for w,s in _pieces(p, slow):
+        for w,s in pieces(p, slow):
             fast = w
             if not w[0].is_cpu or _found_inf(w): fast = [torch.where(a.isfinite(), a, b) for a,b in zip(w, s)]
             torch._foreach_lerp_(s, fast, alpha)

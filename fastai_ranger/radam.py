@@ -9,7 +9,6 @@ __all__ = ['rectify', 'radam_step', 'fused_radam_step', 'RAdam']
 import math,torch
 from functools import partial
 from torch import Tensor
-from torch.nn import functional as F
 from warnings import warn
 from .stepper import *
 from .stepper import _strides
@@ -23,6 +22,14 @@ def rectify(
     rho_inf = 2/(1-sqr_mom) - 1
     rho = rho_inf - 2*step*sqr_mom**step/(1-sqr_mom**step)
     return math.sqrt((rho-4)*(rho-2)*rho_inf / ((rho_inf-4)*(rho_inf-2)*rho)) if rho > 5 else 0.
+
+# %% ../nbs/01_radam.ipynb #2dfa62d2
+def _softplus_(ts, beta):
+    "Softplus of sharpness `beta`, in place, of numbers that are not negative"
+    small = torch._foreach_mul(ts, -beta)
+    torch._foreach_exp_(small)
+    torch._foreach_log1p_(small)
+    torch._foreach_add_(ts, small, alpha=1/beta)
 
 # %% ../nbs/01_radam.ipynb #b650e897
 @stepper
@@ -42,11 +49,12 @@ def radam_step(
     "Step for RAdam with `lr`"
     r,lr = rectify(step, sqr_mom),lr/(1-mom**step)
     if not r: return torch._foreach_add_(p, grad_avg, alpha=-lr) if unrectified=='momentum' else None
-    denom = torch._foreach_div(sqr_avg, 1-sqr_mom**step)
-    torch._foreach_sqrt_(denom)
-    if eps: torch._foreach_add_(denom, eps)
-    if beta: denom = [F.softplus(o, beta) for o in denom]
-    torch._foreach_addcdiv_(p, grad_avg, denom, value=-lr*r)
+    for w,m,v in pieces(p, grad_avg, sqr_avg):
+        denom = torch._foreach_div(v, 1-sqr_mom**step)
+        torch._foreach_sqrt_(denom)
+        if eps: torch._foreach_add_(denom, eps)
+        if beta: _softplus_(denom, beta)
+        torch._foreach_addcdiv_(w, m, denom, value=-lr*r)
 
 radam_step.defaults = dict(eps=1e-5, beta=0.)
 
@@ -72,6 +80,19 @@ def _aligned(
     dense = [fit(o, torch.empty_like(o)) for o in p]
     return dense,*([t if t.stride()==o.stride() else torch.empty_like(o).copy_(t) for t,o in zip(ts, dense)] for ts in others)
 
+# %% ../nbs/01_radam.ipynb #ccfa6a1d
+def _fused_adam(p, grad_avg, sqr_avg, alike, step, lr, mom, sqr_mom, eps, wd, decouple_wd):
+    "Update averages and weights with PyTorch's kernel for Adam or AdamW; the averages"
+    w,g = p,grads(p)
+    new = grad_avg is None
+    if new: grad_avg,sqr_avg = ([torch.zeros_like(o) for o in p] for _ in range(2))
+    if new or not alike: w,g,grad_avg,sqr_avg = _aligned(p, g, grad_avg, sqr_avg)
+    count = torch.full((), step, dtype=torch.float32, device=p[0].device)
+    kernel = torch._fused_adamw_ if decouple_wd else torch._fused_adam_
+    kernel(w, g, grad_avg, sqr_avg, [], [count]*len(p), lr=lr, beta1=mom, beta2=sqr_mom, weight_decay=wd, eps=eps, amsgrad=False, maximize=False)
+    if w is not p: torch._foreach_copy_(p, w)
+    return grad_avg,sqr_avg
+
 # %% ../nbs/01_radam.ipynb #55db0058
 @stepper
 def fused_radam_step(
@@ -92,21 +113,20 @@ def fused_radam_step(
     **kwargs
 )->dict: # `step`, `grad_avg` and `sqr_avg`
     "Weight decay, averages and RAdam step in one, on a fused kernel where there is one"
-    r = rectify(step+1, sqr_mom)
-    if not r or beta or p[0].device.type not in _fused_devices:
-        if r or unrectified=='momentum' or not decouple_wd: (weight_decay if decouple_wd else l2_reg)(p, lr=lr, wd=wd, do_wd=do_wd)
+    r,decay = rectify(step+1, sqr_mom),weight_decay if decouple_wd else l2_reg
+    if not do_wd or decouple_wd and not r and unrectified=='skip': wd = 0.
+    if p[0].device.type in _fused_devices:
+        whole = r and not beta # can the kernel make the step, too?
+        grad_avg,sqr_avg = _fused_adam(p, grad_avg, sqr_avg, alike, step+1, lr*r if whole else lr, mom, sqr_mom, eps if whole else math.inf,
+                                       wd/r if whole and decouple_wd else wd, decouple_wd)
+        res = dict(step=step+1, grad_avg=grad_avg, sqr_avg=sqr_avg)
+        if whole: return res
+    else:
+        decay(p, lr=lr, wd=wd)
         res = {**average_grad(p, mom=mom, dampening=True, grad_avg=grad_avg), **average_sqr_grad(p, sqr_mom=sqr_mom, sqr_avg=sqr_avg),
                **step_stat(p, step=step)}
-        radam_step(p, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, beta=beta, unrectified=unrectified, **res)
-        return res
-    w,g = p,grads(p)
-    if not alike: w,g,grad_avg,sqr_avg = _aligned(p, g, grad_avg, sqr_avg)
-    count = torch.full((), step+1, dtype=torch.float32, device=p[0].device)
-    kernel,wd = (torch._fused_adamw_, wd/r) if decouple_wd else (torch._fused_adam_, wd)
-    kernel(w, g, grad_avg, sqr_avg, [], [count]*len(p), lr=lr*r, beta1=mom, beta2=sqr_mom, weight_decay=wd if do_wd else 0.,
-           eps=eps, amsgrad=False, maximize=False)
-    if w is not p: torch._foreach_copy_(p, w)
-    return dict(step=step+1, grad_avg=grad_avg, sqr_avg=sqr_avg)
+    radam_step(p, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, beta=beta, unrectified=unrectified, **res)
+    return res
 
 fused_radam_step.defaults = dict(wd=0., eps=1e-5, beta=0.)
 fused_radam_step.checks,fused_radam_step.keeps = radam_step.checks,['step', 'grad_avg', 'sqr_avg']

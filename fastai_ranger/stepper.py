@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['common_checks', 'stepper', 'grads', 'sgd_step', 'average_grad', 'average_sqr_grad', 'step_stat', 'weight_decay',
-           'l2_reg', 'in_range', 'one_of', 'Bucket', 'MultiTensorOptimizer']
+           'l2_reg', 'pieces', 'in_range', 'one_of', 'Bucket', 'MultiTensorOptimizer']
 
 # %% ../nbs/00_stepper.ipynb #00cf1899
 import math,torch
@@ -124,6 +124,25 @@ def l2_reg(
     if do_wd and wd: torch._foreach_add_(grads(p), p, alpha=wd)
 
 l2_reg.defaults = dict(wd=0.)
+
+# %% ../nbs/00_stepper.ipynb #421e77e9
+def pieces(
+    *lists, # Lists of tensors: as many in each, and those that go together of one shape
+    n=2**20 # Numbers in a piece, about
+)->list: # Tuples with a piece of each of `lists`
+    "`lists` in pieces that stay in the cache of a CPU"
+    first = lists[0]
+    if not first[0].is_cpu or sum(map(Tensor.numel, first)) <= n: return [lists]
+    res,size = [],n+1
+    for ts in zip(*lists):
+        rows = max(1, n*len(ts[0])//ts[0].numel()) if ts[0].numel() > n else None
+        for parts in zip(*[t.split(rows) for t in ts]) if rows else [ts]:
+            if size+parts[0].numel() > n:
+                res.append(tuple([] for _ in lists))
+                size = 0
+            for o,t in zip(res[-1], parts): o.append(t)
+            size += parts[0].numel()
+    return res
 
 # %% ../nbs/00_stepper.ipynb #71d3792c
 def in_range(
