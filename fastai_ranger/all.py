@@ -3,3 +3,4 @@ from .radam import *
 from .lookahead import *
 from .optimizer import *
 from .callback import *
+from .kahan import *

@@ -1,0 +1,57 @@
+"`ranger-bench`, as a user meets it"
+import json, subprocess, sys
+from pathlib import Path
+
+import matplotlib
+matplotlib.use('agg')
+import pytest
+import torch
+from fastai_ranger.bench import *
+from PIL import Image
+
+command = Path(sys.executable).parent/'ranger-bench'
+command_func = ranger_bench.__wrapped__ # older versions of `call_parse` read pytest's own arguments
+
+def test_command(tmp_path):
+    "Prints a table, writes it as JSON and draws it; an optimizer that fails is in it with its reason"
+    opts = 'ranger,stock,adamw_fused,optimi_triton'
+    res = subprocess.run([command, '--lists', 'small,1M', '--opts', opts, '--rounds', '1', '--schedule', '--out', tmp_path/'a'/'b'], capture_output=True, text=True)
+    assert res.returncode==0, res.stderr
+    assert res.stdout.count('optimi_triton failed: ') == 2 and res.stdout.count('x_stock') == 2
+    df,info = read_bench(tmp_path/'a'/'b'/'bench.json')
+    assert len(df)==8 and info['schedule'] and info['torch']==torch.__version__.split('+')[0] and info['threads']==torch.get_num_threads()
+    assert df.failed.notna().tolist() == [False]*3+[True]+[False]*3+[True]
+    rows = df.set_index(['list', 'opt'])
+    assert (rows.state.drop('optimi_triton', level=1).round() == [12, 12, 8]*2).all()
+    assert rows.extra['1M', 'ranger'] < .01 and rows.extra['1M', 'stock'] >= 4
+    assert (rows.cycle.dropna() > 0).all() and (rows.of_limit.dropna() > 0).all() and rows.x_stock['1M', 'stock'] == 1
+    assert min(Image.open(tmp_path/'a'/'b'/'bench.png').size) > 300
+
+@pytest.mark.parametrize('kwargs,message', [
+    (dict(lists='resnet51'), 'lists must be one of xresnet18, '), (dict(opts='ranger,rangr'), 'opts must be one of ranger, stock, '),
+    (dict(device='tpu'), 'device must be one of cpu, cuda, got tpu'), (dict(dtype='int8'), 'dtype must be one of float32, '),
+    (dict(rounds=0), 'rounds must be at least 1, got 0'), (dict(epoch=True, opts='adamw_fused'), 'opts must be one of ranger, stock, adam')])
+def test_wrong_arguments(kwargs, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e: command_func(out=str(tmp_path/'out'), **kwargs)
+    assert e.value.code==2 and f'ranger-bench: {message}' in capsys.readouterr().err and not (tmp_path/'out').exists()
+
+@pytest.mark.parametrize('opt', list(bench_opts))
+def test_every_optimizer_is_known_and_steps(opt):
+    if opt=='optimi_triton' and not torch.cuda.is_available(): pytest.skip('Triton needs a GPU')
+    ps = tensors('small')[:3]
+    try: o = bench_opts[opt](ps, lr=1e-3)
+    except ImportError: pytest.skip('a peer that is not installed')
+    before = [p.detach().clone() for p in ps]
+    for _ in range(7): o.step()
+    assert all((p != b).any() for p,b in zip(ps, before))
+
+@pytest.mark.parametrize('name', [*bench_models, 'small', 'big', '1M'])
+def test_lists(name):
+    ps = tensors(name)
+    assert all(p.grad.shape==p.shape for p in ps)
+    if name=='resnet50': assert len(ps)==161 and sum(p.numel() for p in ps)==25_557_032
+
+def test_epochs():
+    df = time_epochs('ranger,torch_sgd', rounds=1, size=16)
+    assert (df.images_s > 0).all() and ((df.step > 0) & (df.step+df.zero_grad+df.set_hyper < 1)).all() and df.x_torch_sgd['torch_sgd']==1
+    assert df.failed.isna().all()

@@ -1,0 +1,125 @@
+"bfloat16 and float16 weights, with and without compensated summation"
+import copy
+from functools import partial
+
+import pytest
+import torch
+from fastai_ranger.all import *
+
+low = pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16))
+
+def start(n=64, seed=0): return torch.randn(n, n, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+
+def go(opt, p, n, first=0):
+    "`n` updates toward a target, on gradients that depend on the update alone"
+    for i in range(first, first+n):
+        g = torch.Generator().manual_seed(i)
+        p.grad = (.1*start(p.shape[0])+.3*torch.randn(p.shape, generator=g)).bfloat16().to(p.dtype)
+        opt.step()
+    return p
+
+def train(opt_func, dtype, n=400):
+    p = torch.nn.Parameter(start().to(dtype))
+    return go(opt_func([p], lr=1e-3), p, n).detach().float()
+
+def distance(a, b): return (a-b).abs().mean().item()
+
+@low
+def test_low_precision_trains_in_its_dtype(dtype):
+    "State has the dtype of its weight, and only rounding, of weights, averages and slow weights, tells the result from float32's"
+    p = torch.nn.Parameter(start().to(dtype))
+    opt = ranger([p], lr=.1)
+    go(opt, p, 20)
+    assert {v.dtype for v in opt.state[p].values() if isinstance(v, torch.Tensor)} == {dtype}
+    q = torch.nn.Parameter(start())
+    go(ranger([q], lr=.1), q, 20)
+    assert distance(p.float(), q) < .05*distance(q, start())
+
+@low
+def test_compensation_finds_what_float32_does(dtype):
+    exact = train(ranger, torch.float32)
+    rounding = distance(exact.to(dtype).float(), exact)
+    assert distance(train(ranger_kahan, dtype), exact) < 1.5*rounding
+    assert distance(train(ranger_kahan, dtype), exact) < .1*distance(train(ranger, dtype), exact) or dtype is torch.float16
+
+def test_closer_than_the_peer():
+    optimi = pytest.importorskip('optimi')
+    exact = train(ranger, torch.float32)
+    with pytest.warns(DeprecationWarning):
+        theirs = train(partial(optimi.Ranger, betas=(.95, .99), eps=1e-6, weight_decay=.01, kahan_sum=True, foreach=True), torch.bfloat16)
+    assert distance(train(ranger_kahan, torch.bfloat16), exact) < .5*distance(theirs, exact)
+
+@pytest.mark.parametrize('dtype', (torch.float32, torch.float64))
+def test_nothing_to_compensate(dtype): assert torch.equal(train(ranger_kahan, dtype, 30), train(ranger, dtype, 30))
+
+def test_the_sum_is_what_counts():
+    "Weight and `comp`, slow weight and `slow_comp`, are a number of twice the bits"
+    p,q = torch.nn.Parameter(start().bfloat16()),torch.nn.Parameter(start())
+    opt,ref = ranger_kahan([p], lr=1e-3),ranger([q], lr=1e-3)
+    for i in range(14):
+        go(opt, p, 1, i)
+        go(ref, q, 1, i)
+        s,r = opt.state[p],ref.state[q]
+        for a,b,c in ((p, s['comp'], q), (s['slow'], s['slow_comp'], r['slow'])): assert distance(a.float()+b, c) < .1*distance(a.float(), c)+1e-6
+
+def test_weight_decay_is_not_rounded_away():
+    def decay(opt_func, dtype, do_wd=True):
+        p = torch.nn.Parameter(torch.ones(1, dtype=dtype))
+        opt = opt_func([p], lr=1e-3, wd=.1)
+        opt.state[p]['do_wd'] = do_wd
+        p.grad = torch.zeros_like(p)
+        for _ in range(2000): opt.step()
+        return p.item()
+    assert decay(ranger_kahan, torch.bfloat16) == pytest.approx(decay(ranger, torch.float32), abs=.004)
+    assert decay(ranger_kahan, torch.bfloat16, do_wd=False) == decay(ranger, torch.bfloat16) == 1
+
+@pytest.mark.parametrize('n', range(4, 9))
+def test_resumes_exactly(n, tmp_path):
+    "from a file, at any place in a cycle"
+    p = torch.nn.Parameter(start().bfloat16())
+    opt = ranger_kahan([p], lr=1e-2)
+    go(opt, p, n)
+    torch.save((p.data, opt.state_dict()), tmp_path/'opt')
+    w,sd = torch.load(tmp_path/'opt', weights_only=False)
+    q = torch.nn.Parameter(w)
+    other = ranger_kahan([q], lr=1e-2)
+    other.load_state_dict(sd)
+    go(opt, p, 9, n)
+    go(other, q, 9, n)
+    assert torch.equal(p, q) and torch.equal(opt.state[p]['comp'], other.state[q]['comp'])
+
+def test_other_weights_begin_anew():
+    "What was kept for the old ones is not added to the new"
+    p,q = (torch.nn.Parameter(start().bfloat16()) for _ in range(2))
+    opt = ranger_kahan([p], lr=1e-3)
+    go(opt, p, 9)
+    with torch.no_grad(): p.copy_(start(seed=1))
+    p.grad = torch.zeros_like(p)
+    before = p.detach().clone()
+    opt.set_hyper('lr', 0.)
+    for _ in range(7): opt.step()
+    assert torch.equal(p, before) and not opt.state[p]['comp'].any() and not opt.state[p]['slow_comp'].any()
+
+def test_nan_stays_out_of_the_slow_weights():
+    p = torch.nn.Parameter(start().bfloat16())
+    opt = ranger_kahan([p], lr=1e-3)
+    go(opt, p, 5)
+    before = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    p.grad[0, 0] = float('nan')
+    opt.step()
+    assert p.isfinite().all() and opt.state[p]['slow'].isfinite().all() and opt.state[p]['comp'].isfinite().all()
+    assert (p-before).abs().max() < .1
+
+def test_gradients_are_where_they_were():
+    p = torch.nn.Parameter(start().bfloat16())
+    opt = ranger_kahan([p], lr=1e-3)
+    go(opt, p, 7)
+    g = p.grad.clone()
+    opt.step()
+    assert torch.equal(p.grad, g) and opt.state[p]['comp'].grad is None
+
+def test_hypers_are_checked():
+    p = torch.nn.Parameter(start().bfloat16())
+    for kw in (dict(k=0), dict(alpha=2.), dict(eps=-1.), dict(wd=-1.), dict(sqr_mom=1.)):
+        with pytest.raises(ValueError, match=next(iter(kw))): ranger_kahan([p], lr=.1, **kw)
