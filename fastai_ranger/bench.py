@@ -7,7 +7,7 @@ __all__ = ['bench_opts', 'usual_opts', 'bench_models', 'bench_shapes', 'moves', 
            'memory', 'time_steps', 'time_epochs', 'plot_bench', 'machine', 'bench', 'read_bench', 'ranger_bench']
 
 # %% ../nbs/11_bench.ipynb #7b46ac2d
-import json,matplotlib.pyplot as plt,os,pandas as pd,platform,sys,time,torch,warnings
+import json,matplotlib.pyplot as plt,os,pandas as pd,platform,random,sys,time,torch,warnings
 import fastai.optimizer as stock
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *
@@ -144,7 +144,7 @@ def time_steps(
         return Timer(f).timeit(1)*1000
     for i in range(rounds+2):
         rates.append(bandwidth(device, repeat=1))
-        times += [dict(opt=k, round=i, ms=once(o, 6*i+j)) for k,o in made.items() for j in range(6)]
+        times += [dict(opt=k, round=i, ms=once(made[k], 6*i+j)) for k in random.Random(i).sample(list(made), len(made)) for j in range(6)]
     times,rate = pd.DataFrame(times),pd.Series(rates[2:]).median()
     times = times[times['round'] > 1] # two rounds to warm up
     cycles = times.groupby(['opt', 'round']).ms.mean().groupby('opt')

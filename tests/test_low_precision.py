@@ -1,7 +1,7 @@
 "bfloat16 and float16 weights, with and without compensated summation"
-import copy
 from functools import partial
 
+import optimi
 import pytest
 import torch
 from fastai_ranger.all import *
@@ -43,7 +43,6 @@ def test_compensation_finds_what_float32_does(dtype):
     assert distance(train(ranger_kahan, dtype), exact) < .1*distance(train(ranger, dtype), exact) or dtype is torch.float16
 
 def test_closer_than_the_peer():
-    optimi = pytest.importorskip('optimi')
     exact = train(ranger, torch.float32)
     with pytest.warns(DeprecationWarning):
         theirs = train(partial(optimi.Ranger, betas=(.95, .99), eps=1e-6, weight_decay=.01, kahan_sum=True, foreach=True), torch.bfloat16)
