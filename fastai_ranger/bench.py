@@ -200,9 +200,9 @@ def time_epochs(
         learn.add_cb(_Clock(device))
         learn._clock.time_opt(learn.opt)
         learns[k] = learn
-    for _ in range(rounds+1):
-        for learn in learns.values():
-            with learn.no_bar(), learn.no_logging(): learn.fit_flat_cos(1, 1e-3)
+    for i in range(rounds+1):
+        for k in random.Random(i).sample(list(learns), len(learns)):
+            with learns[k].no_bar(), learns[k].no_logging(): learns[k].fit_flat_cos(1, 1e-3)
     rows = {}
     for k,learn in learns.items():
         times = pd.DataFrame(learn._clock.rows[len(learn._clock.rows)//(rounds+1):]) # an epoch to warm up

@@ -10,6 +10,7 @@ import torch
 from .stepper import *
 from .radam import *
 from .lookahead import *
+from .lookahead import _found_inf
 
 # %% ../nbs/05_kahan.ipynb #80ea4ae3
 @stepper
@@ -58,11 +59,16 @@ def kahan_lookahead_step(
     if slow_comp is None: slow_comp = [torch.zeros_like(o) for o in p]
     elif replaced: torch._foreach_zero_(slow_comp)
     if not slow_step%k:
-        for w,s,c,d in zip(p, slow, comp, slow_comp):
-            fast,exact = w.float()+c,s.float()+d
-            exact.lerp_(fast.where(fast.isfinite(), exact), alpha)
-            for o in w,s: o.copy_(exact)
-            for o in c,d: o.copy_(exact-w.float())
+        lists = p,slow,comp,slow_comp
+        for w,s,c,d in pieces(*lists) if p[0].is_cpu else zip(*([[o] for o in ts] for ts in lists)): # never all of them in float32
+            fast,exact = [o.float() for o in w],[o.float() for o in s]
+            torch._foreach_add_(fast, c)
+            torch._foreach_add_(exact, d)
+            if not p[0].is_cpu or _found_inf(fast): fast = [o.where(o.isfinite(), e) for o,e in zip(fast, exact)]
+            torch._foreach_lerp_(exact, fast, alpha)
+            for ts in w,s: torch._foreach_copy_(ts, exact)
+            torch._foreach_sub_(exact, w)
+            for ts in c,d: torch._foreach_copy_(ts, exact)
     return dict(slow_comp=slow_comp)
 
 kahan_lookahead_step.defaults,kahan_lookahead_step.checks = lookahead_step.defaults,lookahead_step.checks
