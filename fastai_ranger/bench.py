@@ -9,7 +9,7 @@ __all__ = ['bench_opts', 'usual_opts', 'bench_models', 'bench_shapes', 'moves', 
 # %% ../nbs/11_bench.ipynb #7b46ac2d
 import json,matplotlib.pyplot as plt,os,pandas as pd,platform,random,sys,time,torch,warnings
 import fastai.optimizer as stock
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback,CancelEpochException
 from fastai.callback.schedule import *
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -180,11 +180,13 @@ class _Clock(Callback):
         self.start = time.perf_counter()
     def after_batch(self):
         _sync(self.device)
-        if self.training: self.rows.append(dict(batch=time.perf_counter()-self.start, **self.spent))
+        if not self.training: return
+        if self.iter: self.rows.append(dict(batch=time.perf_counter()-self.start, **self.spent))
+        if self.iter==4: raise CancelEpochException
 
 def time_epochs(
     opts:str=','.join(epoch_opts), # Names from `epoch_opts`, with commas between them
-    rounds:int=3, # Epochs with each
+    rounds:int=20, # Turns of five batches with each
     size:int=64, # Side of an image in pixels
     bs:int=64, # Batch size
     device:str='cpu' # Device
@@ -205,7 +207,7 @@ def time_epochs(
             with learns[k].no_bar(), learns[k].no_logging(): learns[k].fit_flat_cos(1, 1e-3)
     rows = {}
     for k,learn in learns.items():
-        times = pd.DataFrame(learn._clock.rows[len(learn._clock.rows)//(rounds+1):]) # an epoch to warm up
+        times = pd.DataFrame(learn._clock.rows[4:]) # a turn to warm up
         batch = times.batch.median()
         rows[k] = dict(images_s=bs/batch, batch=batch*1000, **{o: times[o].median()/batch for o in _Clock.names})
     res = pd.DataFrame(rows).T
@@ -215,9 +217,9 @@ def time_epochs(
 # %% ../nbs/11_bench.ipynb #3492115e
 def plot_bench(
     df:pd.DataFrame, # What `bench` returns
-    title:str='' # A line above
+    title:str='' # What the line above is to say of the machine
 )->Figure:
-    "A bar for each optimizer on each list of tensors"
+    "A bar for each optimizer on each list of tensors: blue for this package's, orange for other Rangers, gray for those without slow weights"
     lists = list(df['list'].unique())
     cols = min(3, len(lists))
     fig,axs = plt.subplots(-(-len(lists)//cols), cols, figsize=(4.4*cols, .3+2.9*-(-len(lists)//cols)), squeeze=False, layout='constrained')
@@ -229,10 +231,10 @@ def plot_bench(
         ax.errorbar(d.cycle, d.index, xerr=[d.cycle-d.q25, d.q75-d.cycle], fmt='none', ecolor='black', lw=1)
         for o,ms in d.cycle.items(): ax.annotate(f' {ms:.3g}', (d.q75[o], o), va='center', fontsize=8)
         if 'ranger' in d.index and d.of_limit['ranger'] > .1: ax.axvline(d.of_limit['ranger']*d.cycle['ranger'], color='black', ls=':', lw=1)
-        ax.set(title=name, xlim=(0, d.q75.max()*1.15), xlabel='ms' if ax in axs[-1] else None)
+        ax.set(title=name, xlim=(0, d.q75.max()*1.15))
         ax.tick_params(labelsize=8)
         ax.spines[['top', 'right']].set_visible(False)
-    if title: fig.suptitle(title, fontsize=9)
+    fig.suptitle(f'Milliseconds of a step. {title}', fontsize=9)
     return fig
 
 # %% ../nbs/11_bench.ipynb #e8e0808e
@@ -297,14 +299,14 @@ def read_bench(
 def ranger_bench(
     lists:str='resnet50,xresnet18,xresnet50,vit,awd_lstm,big,small', # Lists of tensors, with commas between them
     opts:str=None, # Names of optimizers, with commas between them; `None` for this one, the peers and the floors
-    rounds:int=None, # Rounds of six steps (10), or epochs with each optimizer (3)
+    rounds:int=None, # Rounds of six steps (10), or turns of five batches (20)
     device:str='cpu', # `cpu` or `cuda`
     dtype:str='float32', # `float32`, `bfloat16`, `float16` or `float64`
     schedule:store_true=False, # Change the learning rate before every step?
-    epoch:store_true=False, # Time epochs in a `Learner`, rather than steps?
+    epoch:store_true=False, # Time batches in a `Learner`, rather than steps?
     out:str='ranger-bench' # Folder for `bench.json` and `bench.png`, or for `epoch.json`
 ):
-    "Time a step of optimizers side by side, or epochs with them"
+    "Time a step of optimizers side by side, or training with them"
     try:
         _check('device', [device], ['cpu', 'cuda'])
         if rounds is not None and rounds < 1: raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -314,7 +316,7 @@ def ranger_bench(
         print(f"ranger-bench: {e}", file=sys.stderr)
         sys.exit(2)
     if not epoch: return
-    df = time_epochs(opts or ','.join(epoch_opts), rounds or 3, device=device)
+    df = time_epochs(opts or ','.join(epoch_opts), rounds or 20, device=device)
     print(df.round(4).to_string(na_rep='-'))
     Path(out).mkdir(parents=True, exist_ok=True)
     _write(out, 'epoch', df.reset_index(), **machine(device))
