@@ -39,7 +39,7 @@ def kahan_radam_step(
     return dict(comp=comp, **res)
 
 kahan_radam_step.defaults,kahan_radam_step.checks = fused_radam_step.defaults,fused_radam_step.checks
-kahan_radam_step.keeps = [*fused_radam_step.keeps, 'comp']
+kahan_radam_step.keeps = fused_radam_step.keeps
 
 # %% ../nbs/05_kahan.ipynb #282b05ed
 @stepper
@@ -72,7 +72,7 @@ def kahan_lookahead_step(
     return dict(slow_comp=slow_comp)
 
 kahan_lookahead_step.defaults,kahan_lookahead_step.checks = lookahead_step.defaults,lookahead_step.checks
-kahan_lookahead_step.keeps = ['slow_comp']
+kahan_lookahead_step.keeps = ['comp', 'slow_comp'] # a checkpoint of `ranger` has neither, and its averages are good
 
 # %% ../nbs/05_kahan.ipynb #20e05c88
 def ranger_kahan(

@@ -207,7 +207,6 @@ class Bucket:
             if isinstance(res, dict): new.update(res)
         for i,k in enumerate(self.values):
             if k in new and self._store(i, k, new[k]): del new[k]
-        if new: self.found = None
         for k,v in new.items():
             for s,o in zip(self.states, v if isinstance(v, (list,tuple)) else repeat(v)):
                 if o is None: s.pop(k, None)
@@ -217,7 +216,7 @@ class Bucket:
         "Store `v` under `k`, entry `i` of each state, if it is one plain value again or the tensors that are there; was it?"
         where = slice(i, None, len(self.values))
         if isinstance(v, (list,tuple)): return _same(v, self.found[where])
-        if v is None or not isinstance(v, _plain) or not isinstance(self.values[k], _plain): return False
+        if v is None or not isinstance(v, _plain): return False
         for s in self.states: s[k] = v
         self.values[k],self.found[where] = v,[v]*len(self.states)
         return True

@@ -58,6 +58,7 @@ changes = dict(
     layout         = (False, lambda o, g: setattr(g[1][0], 'data', g[1][0].data.to(memory_format=torch.channels_last))),
     transposed     = (False, lambda o, g: setattr(g[1][0], 'data', g[1][0].data.transpose(2, 3))), # in the same memory
     regrouped      = (False, lambda o, g: setattr(o, 'param_lists', type(o.param_lists)([g[0][:1], g[0][1:]+g[1]]))),
+    other_object   = (False, lambda o, g: (g[0].__setitem__(0, torch.nn.Parameter(g[0][0].data)), setattr(o, 'param_lists', type(o.param_lists)(g)))),
     slow           = (False, lambda o, g: o.to_slow()),
     weights        = (False, lambda o, g: [p.add_(1) for h in g for p in h]),
 )
@@ -119,6 +120,18 @@ def test_gradients_that_change_their_layout():
         return [[p]]
     assert same(run(fast), run(plain))
 
+def test_a_parameter_that_is_turned_in_its_memory():
+    "while its gradients stay as they are"
+    def run(opt_func):
+        p = torch.nn.Parameter(torch.arange(9, dtype=torch.float64).view(3, 3))
+        opt = opt_func([p])
+        for i in range(24):
+            if i==9: p.data = p.data.t()
+            p.grad = torch.arange(9, dtype=torch.float64).view(3, 3)-i
+            opt.step()
+        return [[p]]
+    assert same(run(fast), run(plain))
+
 def test_a_bucket_holds_no_gradient():
     "so that memory is free after `zero_grad`"
     gs = model()
@@ -129,14 +142,27 @@ def test_a_bucket_holds_no_gradient():
     opt.zero_grad()
     assert ref() is None
 
-def test_cleared_state_is_free():
+@pytest.mark.parametrize('drop', (lambda o: o.clear_state(), lambda o: o.load_state_dict(copy.deepcopy(o.state_dict()))))
+def test_dropped_state_is_free(drop):
     gs = model()
     opt = fast(gs)
     give_grads(gs)
     for _ in range(3): opt.step()
     ref = weakref.ref(opt.state[gs[0][0]]['grad_avg'])
-    opt.clear_state()
+    drop(opt)
     assert ref() is None
+
+def test_another_parameter_on_the_same_memory():
+    "which PyTorch does not count as a change"
+    ps = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))]
+    opt = RAdam(ps, lr=.1, unrectified='skip')
+    for p in ps: p.grad = torch.ones(3)
+    for _ in range(7): opt.step()
+    new = torch.nn.Parameter(ps[1].data)
+    new.grad = torch.ones(3)
+    opt.param_lists = type(opt.param_lists)([[ps[0], new]])
+    opt.step()
+    assert opt.state[new]['step'] == 1 and opt.state[ps[1]]['step'] == 7
 
 ## Any tensors
 
@@ -200,10 +226,12 @@ def test_tied_parameters():
 def test_pieces(shapes, n):
     "Every number is in one piece, once, and pieces are no larger than they must be"
     ts = [torch.zeros(s) for s in shapes]
-    for i,(a,b) in enumerate(pieces(ts, [t.clone() for t in ts], n=n)):
-        assert [o.shape for o in a] == [o.shape for o in b]
+    last = n+1
+    for a,b in pieces(ts, [t.clone() for t in ts], n=n):
+        assert [o.shape for o in a] == [o.shape for o in b] and last+a[0].numel() > n
+        last = sum(o.numel() for o in a)
         torch._foreach_add_(a, 1.)
-        assert sum(o.numel() for o in a) <= n or len(a)==1 and (len(a[0])==1 or n >= sum(t.numel() for t in ts))
+        assert last <= n or len(a)==1 and (len(a[0])==1 or n >= sum(t.numel() for t in ts))
     assert all((t==1).all() for t in ts)
 
 ## Memory
@@ -268,6 +296,16 @@ def test_nothing_waits_for_a_gpu(opt_func, monkeypatch):
             opt.set_hyper('lr', .1/(i+1))
             opt.step()
     assert opt.state[ps[0]]['step'] == 14 and len(called) == (0 if opt_func in (RAdam, ranger_kahan) else 2)
+
+def test_one_kernel_for_what_is_alike_in_memory(monkeypatch):
+    "On a GPU, the kernel refuses what is not; and nothing is cut in pieces"
+    called = []
+    monkeypatch.setattr(torch, '_fused_sgd_', lambda *args, **kwargs: called.append(1))
+    with FakeTensorMode():
+        p,slow = ([torch.empty(2000, 2000, device='cuda')] for _ in range(2))
+        for alike in False,True: lookahead._synchronise(p, slow, .5, alike)
+        assert len(pieces(p, slow)) == 1
+    assert len(called) == 1
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('opt_func', (ranger, RAdam, partial(ranger, decouple_wd=False), partial(ranger, beta=2.)))

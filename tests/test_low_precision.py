@@ -87,6 +87,30 @@ def test_resumes_exactly(n, tmp_path):
     go(other, q, 9, n)
     assert torch.equal(p, q) and torch.equal(opt.state[p]['comp'], other.state[q]['comp'])
 
+def test_takes_a_checkpoint_of_ranger():
+    "Averages and slow weights go on; what rounding took from the weights is not known"
+    p,q = (torch.nn.Parameter(start().bfloat16()) for _ in range(2))
+    opt,other = ranger([p], lr=1e-2),ranger_kahan([q], lr=1e-2)
+    go(opt, p, 9)
+    with torch.no_grad(): q.copy_(p)
+    with pytest.warns(UserWarning, match='no `comp`, `slow_comp`: started anew'): other.load_state_dict(opt.state_dict())
+    assert other.state[q]['step'] == 9 and all(torch.equal(other.state[q][k], opt.state[p][k]) for k in ('slow', 'grad_avg', 'sqr_avg'))
+    go(other, q, 4, 9)
+    assert q.isfinite().all()
+    sd = other.state_dict()
+    sd['state'][0]['comp'] = sd['state'][0]['comp'][:3]
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='`comp` of parameter 0 of group 0 has shape'): other.load_state_dict(sd)
+
+def test_follows_the_model_to_another_dtype():
+    p = torch.nn.Parameter(start().bfloat16())
+    opt = ranger_kahan([p], lr=1e-2)
+    for dtype in torch.float16,torch.float32,torch.bfloat16:
+        go(opt, p, 7)
+        p.data = p.data.to(dtype)
+        p.grad = None
+    go(opt, p, 7)
+    assert opt.state[p]['step'] == 28 and opt.state[p]['comp'].dtype is torch.bfloat16 and p.isfinite().all()
+
 def test_other_weights_begin_anew():
     "What was kept for the old ones is not added to the new"
     p,q = (torch.nn.Parameter(start().bfloat16()) for _ in range(2))
