@@ -135,6 +135,7 @@ def time_steps(
         except Exception as e:
             made.pop(k, None)
             failed[k] = f'{type(e).__name__}: {e}'.split('\n')[0]
+    if not made: raise ValueError(f"nothing to time, {'; '.join(f'{k} failed: {v}' for k,v in failed.items())}")
     def once(opt, i):
         if schedule: _set_lr(opt, 1e-3*(1-i/1000))
         _sync(device)

@@ -35,6 +35,11 @@ def test_wrong_arguments(kwargs, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as e: command_func(out=str(tmp_path/'out'), **kwargs)
     assert e.value.code==2 and f'ranger-bench: {message}' in capsys.readouterr().err and not (tmp_path/'out').exists()
 
+def test_nothing_to_time(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(bench_opts, 'timm', lambda params, lr: 1/0)
+    with pytest.raises(SystemExit) as e: command_func(lists='small', opts='timm', out=str(tmp_path))
+    assert e.value.code==2 and 'ranger-bench: nothing to time, timm failed: ZeroDivisionError' in capsys.readouterr().err
+
 @pytest.mark.parametrize('opt', list(bench_opts))
 def test_every_optimizer_is_known_and_steps(opt):
     if opt=='optimi_triton' and not torch.cuda.is_available(): pytest.skip('Triton needs a GPU')
