@@ -9,6 +9,7 @@ __all__ = ['common_checks', 'stepper', 'grads', 'sgd_step', 'average_grad', 'ave
 # %% ../nbs/00_stepper.ipynb #00cf1899
 import math,torch
 from collections import defaultdict
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial,wraps
 from itertools import chain,groupby,repeat
@@ -121,7 +122,8 @@ def l2_reg(
     **kwargs
 ):
     "Add `wd*p` to the gradients of `p`: L2 regularization"
-    if do_wd and wd: torch._foreach_add_(grads(p), p, alpha=wd)
+    if not do_wd or not wd: return
+    for o,g in zip(p, torch._foreach_add(grads(p), p, alpha=wd)): o.grad = g
 
 l2_reg.defaults = dict(wd=0.)
 
@@ -182,14 +184,14 @@ def _strides(ts): return [isinstance(o, Tensor) and o.stride() for o in ts]
 # %% ../nbs/00_stepper.ipynb #081677a5
 class Bucket:
     "Parameters that agree in hypers, dtype, device and every plain value of their state"
-    def __init__(self, group): self.group,self.params,self.states,self.found = group,[],[],None
+    def __init__(self, group, small=False): self.group,self.small,self.params,self.states,self.found = group,small,[],[],None
 
     def read(self):
         "Take over what `states` hold"
         self.found = self._look()
         n = len(self.states[0])
         self.values = {k: v if isinstance(v, _plain) else self.found[i::n] for i,(k,v) in enumerate(self.states[0].items())}
-        self.alike = all(_strides(o)==_strides(self.params) for o in (grads(self.params), *self.values.values()) if isinstance(o, list))
+        self.alike = not self.small and all(_strides(o)==_strides(self.params) for o in (grads(self.params), *self.values.values()) if isinstance(o, list))
 
     def _look(self): return list(chain.from_iterable(map(dict.values, self.states)))
 
@@ -224,6 +226,7 @@ class Bucket:
 # %% ../nbs/00_stepper.ipynb #c7eaf5a9
 def _func(cb): return cb.func if isinstance(cb, partial) else cb
 def _is_multi(cb): return getattr(_func(cb), 'multi', None) is _func(cb)
+def _kind(cb): return 'whole' if getattr(_func(cb), 'whole', False) else _is_multi(cb)
 
 def _defaults(cb):
     "The `defaults` of `cb`, less what a partial has settled"
@@ -360,7 +363,9 @@ def _check_grad(p, name):
     raise ValueError(f"cannot step {name}, shape {tuple(p.shape)}: its dtype is {p.dtype}, its gradient's {g.dtype} ({g.layout}); "
         "both must be dense and of one dtype: float16, bfloat16, float32 or float64")
 
-# %% ../nbs/00_stepper.ipynb #02db1000
+# %% ../nbs/00_stepper.ipynb #c275a912
+_few = 2**19 # numbers in a bucket of an optimizer that has a `small` stepper
+
 def _values(names):
     "Function that gets the values of `names` from a dict"
     names = list(names)
@@ -368,6 +373,9 @@ def _values(names):
 
 @patch
 def _keeps(self:MultiTensorOptimizer): return [getattr(_func(cb), 'keeps', []) for cb in self.cbs]
+
+@patch
+def _has(self:MultiTensorOptimizer, name): return any(getattr(_func(cb), name, False) for cb in self.cbs)
 
 @patch
 def _follow(self:MultiTensorOptimizer):
@@ -405,27 +413,59 @@ def buckets(self:MultiTensorOptimizer)->list: # `Bucket`s, in the order of their
 
 @patch
 def _sort(self:MultiTensorOptimizer):
-    hypers,res,names,last = list(self.hypers),{},None,None
+    hypers,res,current,size,names,last = list(self.hypers),[],{},{},None,None
+    most = _few if self._has('small') else math.inf
     for i,(pg,hyper) in enumerate(zip(self.param_lists, hypers)):
         group = hypers.index(hyper)
         for j,p in enumerate(pg):
             if (g := p.grad) is None: continue
             state = self.state[p]
-            if names != (now := tuple(state)): names,values = now,_values(k for k,v in state.items() if isinstance(v, _plain))
+            now = tuple([k if isinstance(v, _plain) else (k,) for k,v in state.items()])
+            if names != now: names,values = now,_values(k for k in now if isinstance(k, str))
             key = group, p.device, p.dtype, g.dtype, g.layout, names, values(state)
             if key != last:
-                if key not in res:
+                if key not in current:
                     _check_grad(p, f"parameter {j} of group {i}")
                     if any(isinstance(o, Tensor) and (o.dtype,o.device) != (p.dtype,p.device) for o in map(state.get, sum(self._keeps(), []))):
                         self._follow()
                         return self._sort()
-                    res[key] = Bucket(group)
-                last,bucket = key,res[key]
+                    current[key] = None
+                last,bucket = key,current[key]
+            if not bucket or p.is_cpu and size[key]+p.numel() > most:
+                bucket = current[key] = Bucket(group, most < math.inf)
+                res.append(bucket)
+                size[key] = 0
+            size[key] += p.numel()
             bucket.params.append(p)
             bucket.states.append(state)
-    return list(res.values())
+    return res
 
-# %% ../nbs/00_stepper.ipynb #3e0b6b78
+# %% ../nbs/00_stepper.ipynb #66608b0b
+@contextmanager
+def _put_back(ps, needed=True):
+    "Put back the gradients that `ps` have now, if that is `needed`"
+    gs = grads(ps) if needed else []
+    try: yield
+    finally:
+        for p,g in zip(ps, gs): p.grad = g
+
+@patch
+def _run_whole(self:MultiTensorOptimizer, cbs):
+    for cb in cbs:
+        rows = list(self.all_params(with_grad=True))
+        both = [{**s, **h} for _,_,s,h in rows]
+        res = cb([o[0] for o in rows], **{k: [o.get(k) for o in both] for k in merge(*both)}) if rows else {}
+        for k,v in res.items():
+            for (_,_,s,_),o in zip(rows, v): s[k] = o
+
+@patch
+def _run_each(self:MultiTensorOptimizer, cbs):
+    for p,_,state,hyper in self.all_params(with_grad=True):
+        for cb in cbs:
+            res = cb(p, **{**state, **hyper})
+            if isinstance(res, dict): state.update(res)
+    self._forget()
+
 @patch
 def step(self:MultiTensorOptimizer, closure=None):
     "Update every parameter that has a gradient"
@@ -433,16 +473,15 @@ def step(self:MultiTensorOptimizer, closure=None):
     self._notice()
     self.buckets() # raises if a gradient cannot be stepped
     self._count_edits()
-    for multi,cbs in groupby(self.cbs, _is_multi):
-        cbs = list(cbs)
-        if multi:
-            for b in self._last[-1] if self._last else self.buckets(): b.run(cbs, self.hypers[b.group])
-        else:
-            for p,_,state,hyper in self.all_params(with_grad=True):
-                for cb in cbs:
-                    res = cb(p, **{**state, **hyper})
-                    if isinstance(res, dict): state.update(res)
-            self._forget()
+    runs = [(kind, list(cbs)) for kind,cbs in groupby(self.cbs, _kind)]
+    small,several = self._has('small'),len(runs) > 1
+    with _put_back(self._params(), small and several):
+        for i,(kind,cbs) in enumerate(runs):
+            if kind=='whole': self._run_whole(cbs)
+            elif kind:
+                for b in self._last[-1] if self._last and not i else self.buckets():
+                    with _put_back(b.params, small and not several): b.run(cbs, self.hypers[b.group])
+            else: self._run_each(cbs)
     if self._changed:
         for p,_,state,_ in self.all_params(with_grad=True): state.pop('replaced', None)
     self._mark()
