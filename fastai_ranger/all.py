@@ -4,3 +4,4 @@ from .lookahead import *
 from .optimizer import *
 from .callback import *
 from .kahan import *
+from .family import *

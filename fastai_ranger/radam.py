@@ -31,6 +31,14 @@ def _softplus_(ts, beta):
     torch._foreach_log_(logs)
     torch._foreach_add_(ts, logs, alpha=-1/beta)
 
+def _denoms(sqr_avg, step, sqr_mom, eps, beta):
+    "What Adam divides by, for each of `sqr_avg`"
+    denom = torch._foreach_div(sqr_avg, 1-sqr_mom**step)
+    torch._foreach_sqrt_(denom)
+    if eps: torch._foreach_add_(denom, eps)
+    if beta: _softplus_(denom, beta)
+    return denom
+
 # %% ../nbs/01_radam.ipynb #b650e897
 @stepper
 def radam_step(
@@ -45,17 +53,13 @@ def radam_step(
     beta, # Sharpness of a softplus around the denominator, in [0, inf); 0 for none
     unrectified='momentum', # What to do while the variance cannot be rectified: a step of SGD with momentum, or `skip` it
     rectified=True, # RAdam, rather than Adam?
+    max_avg=None, # What to divide by instead of `sqr_avg`: its largest values so far (AMSGrad)
     **kwargs
 ):
     "Step for RAdam with `lr`"
     r,lr = rectify(step, sqr_mom) if rectified else 1.,lr/(1-mom**step)
     if not r: return torch._foreach_add_(p, grad_avg, alpha=-lr) if unrectified=='momentum' else None
-    for w,m,v in pieces(p, grad_avg, sqr_avg):
-        denom = torch._foreach_div(v, 1-sqr_mom**step)
-        torch._foreach_sqrt_(denom)
-        if eps: torch._foreach_add_(denom, eps)
-        if beta: _softplus_(denom, beta)
-        torch._foreach_addcdiv_(w, m, denom, value=-lr*r)
+    for w,m,v in pieces(p, grad_avg, max_avg or sqr_avg): torch._foreach_addcdiv_(w, m, _denoms(v, step, sqr_mom, eps, beta), value=-lr*r)
 
 radam_step.defaults = dict(eps=1e-5, beta=0.)
 
@@ -89,11 +93,7 @@ def _adam(p, g, grad_avg, sqr_avg, step, lr, mom, sqr_mom, eps, wd, decouple_wd)
     torch._foreach_lerp_(grad_avg, g, 1-mom)
     torch._foreach_mul_(sqr_avg, sqr_mom)
     torch._foreach_addcmul_(sqr_avg, g, g, value=1-sqr_mom)
-    if eps==math.inf: return
-    denom = torch._foreach_div(sqr_avg, 1-sqr_mom**step)
-    torch._foreach_sqrt_(denom)
-    torch._foreach_add_(denom, eps)
-    torch._foreach_addcdiv_(p, grad_avg, denom, value=-lr/(1-mom**step))
+    if eps < math.inf: torch._foreach_addcdiv_(p, grad_avg, _denoms(sqr_avg, step, sqr_mom, eps, 0.), value=-lr/(1-mom**step))
 
 def _fused_adam(p, g, grad_avg, sqr_avg, alike, step, lr, mom, sqr_mom, eps, wd=0., decouple_wd=True):
     "Update averages and weights with PyTorch's kernel for Adam or AdamW; the averages"

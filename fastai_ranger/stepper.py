@@ -236,6 +236,7 @@ def _defaults(cb):
 # %% ../nbs/00_stepper.ipynb #b1837d14
 class MultiTensorOptimizer(Optimizer):
     "An `Optimizer` that calls each stepper of `cbs` once for all parameters that are treated alike"
+    _keep_on_clear = [*Optimizer._keep_on_clear, 'do_gc']
     def __init__(self,
         params, # Parameters, or lists of them: one list for each parameter group
         cbs, # Steppers: these, fastai's, or your own
