@@ -4,4 +4,6 @@ from .lookahead import *
 from .optimizer import *
 from .callback import *
 from .kahan import *
+from .wrapper import *
 from .family import *
+from .schedule import *

@@ -25,7 +25,7 @@ def write_images(path, splits, n=40):
     return path
 
 wrong = [
-    (dict(data='digits', opts='ranger,rangr'), 'opts must be one of ranger, stock, radam, adam, sgd, got rangr'),
+    (dict(data='digits', opts='ranger,rangr'), 'opts must be one of ranger, stock, radam, adam, sgd, ranger_gc, ranger_gc_update, ranger_va, ranger_qh, ranger_adabelief, ranger_lars, ranger21, got rangr'),
     (dict(data='digits', opts='ranger,ranger'), 'opts has an optimizer more than once'),
     (dict(data='digits', epochs=0), 'epochs must be at least 1, got 0'),
     (dict(data='digits', seeds=0), 'seeds must be at least 1, got 0'),

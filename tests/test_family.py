@@ -124,3 +124,206 @@ def test_stock_steppers_give_the_same(name, wd):
         return train(ps, opt, before=before)
     ours,theirs = run(members[name]),run(stock_members[twins[name]])
     assert apart(ours, theirs) < 1e-10 and apart(ours, params()) > .01
+
+def switched(part):
+    "A member and its keywords with all its parts off but `part`"
+    name,on = part
+    if name=='ranger_gc': return partial(ranger_gc, gc=on or False)
+    if name=='ranger_lars': return partial(ranger_lars, trust=bool(on))
+    off = dict(ranger_va=dict(beta=0., amsgrad=False), ranger_qh=dict(nu_1=1., nu_2=1., decouple_wd=True), ranger_adabelief=dict(belief=False, gc=False),
+               ranger21=dict(clip=0, gc=False, norm_grad=False, pnm=0, norm_loss=0, stable_wd=False, beta=0, amsgrad=False))
+    return partial(globals()[name], rectified=True, **{**off[name], **(on or {})})
+
+hypers = dict(lr=.01, mom=.9, sqr_mom=.99, eps=1e-6, wd=.1, k=5, alpha=.4)
+names = 'ranger_gc', 'ranger_va', 'ranger_qh', 'ranger_adabelief', 'ranger_lars', 'ranger21'
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+@pytest.mark.parametrize('name', names)
+def test_off_is_ranger_to_the_bit(name, dtype):
+    ours,plain = (trained(partial(f, **hypers), dtype=dtype, late=(1,)) for f in (switched((name, None)), ranger))
+    for a,b in zip(ours, plain): assert torch.equal(a, b)
+
+@pytest.mark.parametrize('name', [o for o in names if o != 'ranger21'])
+def test_off_is_ranger_with_l2_too(name):
+    ours,plain = (trained(partial(f, **{**hypers, 'decouple_wd': False})) for f in (switched((name, None)), ranger))
+    for a,b in zip(ours, plain): assert torch.equal(a, b)
+
+parts = [('ranger_gc', 'grad'), ('ranger_gc', 'update'), ('ranger_va', dict(beta=5.)), ('ranger_va', dict(amsgrad=True)), ('ranger_qh', dict(nu_1=.7)), ('ranger_qh', dict(nu_2=.5)),
+         ('ranger_adabelief', dict(belief=True)), ('ranger_adabelief', dict(gc=True)), ('ranger_lars', True), *[('ranger21', {k: v}) for k,v in
+         dict(clip=.01, gc=True, norm_grad=True, pnm=1., norm_loss=.1, stable_wd=True, beta=5., amsgrad=True).items()]]
+
+@pytest.mark.parametrize('part', parts, ids=str)
+def test_each_part_does_something(part):
+    assert apart(*(trained(partial(f, **hypers)) for f in (switched(part), ranger))) > 1e-5
+
+@pytest.mark.parametrize('part', parts, ids=str)
+def test_fast_and_readable_agree_on_each_part(part):
+    "One tensor at a time, in fastai's engine: no buckets, nothing put back. (Its stable decay is that of each tensor, so one tensor)"
+    def run(cls):
+        ps = params(shapes=[(4, 3, 3, 3)])
+        made = switched(part)(ps, **hypers)
+        opt = made if cls is MultiTensorOptimizer else stock.Optimizer(ps, made.cbs, **made.hypers[0])
+        return train(ps, opt)
+    assert apart(run(MultiTensorOptimizer), run(stock.Optimizer)) < 1e-12
+
+@pytest.mark.parametrize('name', members)
+def test_gradients_stay_as_they_came(name):
+    ps = params()
+    opt = members[name](ps, lr=.01, wd=.1)
+    for _ in range(8):
+        gs = [torch.randn_like(p) for p in ps]
+        for p,g in zip(ps, gs): p.grad = g.clone()
+        kept = [p.grad for p in ps]
+        opt.step()
+        assert all(p.grad is k and torch.equal(k, g) for p,k,g in zip(ps, kept, gs))
+
+@pytest.mark.parametrize('f', [ranger_gc, ranger_qh, ranger_adabelief, ranger_lars])
+def test_gradients_stay_with_l2(f):
+    ps = params()
+    opt = f(ps, lr=.01, wd=.1, decouple_wd=False)
+    for p in ps: p.grad = torch.ones_like(p)
+    opt.step()
+    assert all((p.grad==1).all() for p in ps)
+
+def test_gradients_come_back_after_an_error():
+    def broken(p, **kwargs): raise RuntimeError('broken')
+    for cbs in ([centralize, stepper(broken)], [centralize, broken, sgd_step]):
+        p = params()[0]
+        p.grad = g = torch.ones_like(p)
+        with pytest.raises(RuntimeError, match='broken'): MultiTensorOptimizer([p], cbs, lr=.1).step()
+        assert p.grad is g
+
+def test_a_stepper_that_takes_one_tensor_sees_what_was_put_in():
+    "Between two multi-tensor steppers, gradients are not put back before the end of the step"
+    p,seen = params()[0],[]
+    def look(p, **kwargs): seen.append(p.grad.mean((1, 2, 3)).abs().max().item())
+    opt = MultiTensorOptimizer([p], [centralize, look, sgd_step], lr=.1)
+    p.grad = torch.ones_like(p)+torch.randn_like(p)
+    before = p.detach().clone()
+    opt.step()
+    assert seen[0] < 1e-15 and (p.detach()-before).mean((1, 2, 3)).abs().max() < 1e-15
+
+@pytest.mark.parametrize('name', members)
+def test_few_at_a_time_is_all_at_once(name, monkeypatch):
+    "Buckets of ten numbers, or of all"
+    def run(few):
+        monkeypatch.setattr('fastai_ranger.stepper._few', few)
+        ps = params(shapes=[*shapes]*2)
+        opt = members[name](ps, lr=.01)
+        train(ps, opt)
+        return ps,len(opt.buckets())
+    (a,n),(b,m) = run(10),run(10**9)
+    assert apart(a, b) < 1e-13 and n > m
+
+@pytest.mark.parametrize('name', members)
+def test_a_device_without_the_kernel(name, monkeypatch):
+    fused = trained(partial(members[name], lr=.01, wd=.1))
+    monkeypatch.setattr('fastai_ranger.radam._fused_devices', set())
+    assert apart(fused, trained(partial(members[name], lr=.01, wd=.1))) < 1e-11
+
+def layouts():
+    torch.manual_seed(0)
+    new = lambda *s: torch.randn(s, dtype=torch.float64)
+    return dict(turned=(new(5, 4).t(), new(4, 5)), turned_gradient=(new(4, 5), new(5, 4).t()), channels_last=(new(4, 3, 2, 2).to(memory_format=torch.channels_last), new(4, 3, 2, 2)),
+                holes=(new(4, 8)[:, ::2], new(4, 4)), both_holes=(new(4, 8)[:, ::2], new(4, 8)[:, ::2]), expanded_gradient=(new(4, 5), new(1, 1).expand(4, 5)))
+
+@pytest.mark.parametrize('layout', layouts())
+@pytest.mark.parametrize('name', members)
+def test_layouts(name, layout):
+    w,g = layouts()[layout]
+    ps = [w, w.clone(memory_format=torch.contiguous_format)]
+    opts = [members[name]([p], lr=.01) for p in ps]
+    for i in range(12):
+        for p,opt in zip(ps, opts):
+            p.grad = g*(1+i%3) if p is w and layout != 'both_holes' else g if p is w else (g if layout=='both_holes' else g*(1+i%3)).contiguous()
+            opt.step()
+    assert apart(*([p] for p in ps)) < 1e-12
+
+def test_update_position_keeps_the_mean_of_every_filter():
+    ps = params()
+    before = [p.detach().clone() for p in ps]
+    train(ps, ranger_gc(ps, lr=.05, gc='update', **{**fastai_hypers, 'wd': 0.}), n=100)
+    for p,b in zip(ps, before):
+        dims = tuple(range(1, p.ndim))
+        moved = (p.detach()-b).abs().max()
+        assert moved > .1
+        if p.ndim > 1 and p.numel() > len(p): assert (p.detach().mean(dims)-b.mean(dims)).abs().max() < 1e-14
+        else: assert (p.detach()-b).mean().abs() > 1e-4 # a vector, and a filter of one number
+
+class Tagger(nn.Module):
+    "An embedding, a convolution in one dimension, and a linear layer"
+    def __init__(self):
+        super().__init__()
+        self.emb,self.conv,self.out = nn.Embedding(17, 6),nn.Conv1d(6, 8, 3),nn.Linear(8, 10)
+    def forward(self, x): return self.out(self.conv(self.emb((x*16).round().long().clamp(0, 16).flatten(1)).transpose(1, 2)).mean(2))
+
+@pytest.mark.parametrize('kwargs,fixed', [(dict(gc='update'), {'conv.weight', 'out.weight'}), (dict(gc='update', conv_only=True), {'conv.weight'}), (dict(gc=False), set())])
+def test_learner_spares_embeddings(kwargs, fixed):
+    set_seed(0, reproducible=True)
+    learn = Learner(digits_dls(), Tagger(), CrossEntropyLossFlat(), partial(ranger_gc, wd=0., **kwargs))
+    before = {n: p.detach().clone() for n,p in learn.model.named_parameters() if p.ndim > 1}
+    def still():
+        return {n for n,p in learn.model.named_parameters() if n in before and (p.detach().flatten(1).mean(1)-before[n].flatten(1).mean(1)).abs().max() < 1e-6}
+    for _ in range(2):
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 8e-3)
+        assert still()==fixed
+        learn.unfreeze() # which clears the state
+
+def test_spare_embeddings_without_a_learner():
+    model = Tagger()
+    other = nn.Embedding(3, 2)
+    opt = ranger_gc([model.emb.weight, model.out.weight], lr=.1)
+    spare_embeddings(opt, nn.ModuleList([model, other]))
+    assert opt.state[model.emb.weight]=={'do_gc': False} and other.weight not in opt.state
+
+def learner(opt_func, path):
+    set_seed(0, reproducible=True)
+    dls = digits_dls()
+    dls.train.n,dls.train.shuffle = 64*7,False # seven batches, so a fit ends in mid-cycle
+    return Learner(dls, cnn(c_in=1), CrossEntropyLossFlat(), opt_func=opt_func, path=path)
+
+@pytest.mark.parametrize('name', members)
+def test_resumes_exactly(name, tmp_path):
+    def fit(learn):
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    whole = learner(members[name], tmp_path)
+    fit(whole)
+    whole.save('x')
+    fit(whole)
+    other = learner(members[name], tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        other.load('x')
+    fit(other)
+    for a,b in zip(whole.model.parameters(), other.model.parameters()): assert torch.equal(a, b)
+
+@pytest.mark.parametrize('name', members)
+def test_all_steppers_take_many_tensors(name):
+    opt = members[name](params(), lr=.1)
+    assert all(getattr(getattr(o, 'func', o), 'multi', False) for o in opt.cbs)
+
+@pytest.mark.parametrize('call,message', [
+    (partial(ranger_gc, gc='weights'), "`gc` must be one of 'grad', 'update', False, got 'weights'"), (partial(ranger_va, beta=-1.), '`beta` must be'),
+    (partial(ranger_qh, nu_1=1.2), '`nu_1` must be a number in'), (partial(ranger_qh, nu_2=-.1), '`nu_2` must be'), (partial(ranger_lars, k=0), '`k` must be'),
+    (partial(ranger21, clip=-1.), '`clip` must be'), (partial(ranger21, pnm=-1.), '`pnm` must be'), (partial(ranger21, norm_loss=-1.), '`norm_loss` must be'), (partial(ranger_adabelief, eps=-1.), '`eps` must be')])
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message.replace('(', r'\(')): call(params(), lr=.1)
+
+def test_parts_are_hypers():
+    ps = params()
+    opt = ranger21(groups(ps), lr=.01)
+    opt.set_hypers(clip=[.01, .02], pnm=.5, norm_loss=0.)
+    assert [h['clip'] for h in opt.hypers]==[.01, .02]
+    with pytest.raises(ValueError, match='`clip` must be'): opt.set_hyper('clip', -1)
+    train(ps, opt, n=3)
+
+def test_nothing_to_average():
+    "All gradients zero, and no gradient at all"
+    for name in members:
+        ps = params()
+        before = [p.detach().clone() for p in ps]
+        opt = members[name](ps, lr=.01, wd=0., **(dict(norm_loss=0) if name=='ranger21' else {}))
+        for g in (None, 0.):
+            for p in ps: p.grad = None if g is None else torch.zeros_like(p)
+            for _ in range(8): opt.step()
+        assert apart(ps, before)==0, name
