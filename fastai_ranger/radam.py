@@ -23,20 +23,17 @@ def rectify(
     rho = rho_inf - 2*step*sqr_mom**step/(1-sqr_mom**step)
     return math.sqrt((rho-4)*(rho-2)*rho_inf / ((rho_inf-4)*(rho_inf-2)*rho)) if rho > 5 else 0.
 
-# %% ../nbs/01_radam.ipynb #2dfa62d2
-def _softplus_(ts, beta):
-    "Softplus of sharpness `beta`, in place, of numbers that are not negative"
-    logs = torch._foreach_mul(ts, beta)
-    torch._foreach_sigmoid_(logs)
-    torch._foreach_log_(logs)
-    torch._foreach_add_(ts, logs, alpha=-1/beta)
-
+# %% ../nbs/01_radam.ipynb #134de1cf
 def _denoms(sqr_avg, step, sqr_mom, eps, beta):
     "What Adam divides by, for each of `sqr_avg`"
-    denom = torch._foreach_div(sqr_avg, 1-sqr_mom**step)
-    torch._foreach_sqrt_(denom)
+    denom = torch._foreach_sqrt(sqr_avg)
+    torch._foreach_mul_(denom, 1/math.sqrt(1-sqr_mom**step))
     if eps: torch._foreach_add_(denom, eps)
-    if beta: _softplus_(denom, beta)
+    if not beta: return denom
+    logs = torch._foreach_mul(denom, beta)
+    torch._foreach_sigmoid_(logs)
+    torch._foreach_log_(logs)
+    torch._foreach_add_(denom, logs, alpha=-1/beta)
     return denom
 
 # %% ../nbs/01_radam.ipynb #b650e897
@@ -59,7 +56,7 @@ def radam_step(
     "Step for RAdam with `lr`"
     r,lr = rectify(step, sqr_mom) if rectified else 1.,lr/(1-mom**step)
     if not r: return torch._foreach_add_(p, grad_avg, alpha=-lr) if unrectified=='momentum' else None
-    for w,m,v in pieces(p, grad_avg, max_avg or sqr_avg): torch._foreach_addcdiv_(w, m, _denoms(v, step, sqr_mom, eps, beta), value=-lr*r)
+    for w,m,v in pieces(p, grad_avg, max_avg or sqr_avg, n=2**18): torch._foreach_addcdiv_(w, m, _denoms(v, step, sqr_mom, eps, beta), value=-lr*r)
 
 radam_step.defaults = dict(eps=1e-5, beta=0.)
 
@@ -86,27 +83,30 @@ def _aligned(
     return dense,*([t if t.stride()==o.stride() else torch.empty_like(o).copy_(t) for t,o in zip(ts, dense)] for ts in others)
 
 # %% ../nbs/01_radam.ipynb #6d66c84f
-def _adam(p, g, grad_avg, sqr_avg, step, lr, mom, sqr_mom, eps, wd, decouple_wd):
+def _adam(p, g, grad_avg, sqr_avg, max_avg, step, lr, mom, sqr_mom, eps, wd, decouple_wd):
     "What the kernel does, for devices that have none"
     if decouple_wd: torch._foreach_mul_(p, 1-lr*wd)
     elif wd: g = torch._foreach_add(g, p, alpha=wd)
     torch._foreach_lerp_(grad_avg, g, 1-mom)
     torch._foreach_mul_(sqr_avg, sqr_mom)
     torch._foreach_addcmul_(sqr_avg, g, g, value=1-sqr_mom)
+    if max_avg: torch._foreach_maximum_(max_avg, sqr_avg)
     if eps < math.inf: torch._foreach_addcdiv_(p, grad_avg, _denoms(sqr_avg, step, sqr_mom, eps, 0.), value=-lr/(1-mom**step))
 
-def _fused_adam(p, g, grad_avg, sqr_avg, alike, step, lr, mom, sqr_mom, eps, wd=0., decouple_wd=True):
-    "Update averages and weights with PyTorch's kernel for Adam or AdamW; the averages"
-    w,new = p,grad_avg is None or sqr_avg is None
-    grad_avg,sqr_avg = ([torch.zeros_like(o) for o in p] if x is None else x for x in (grad_avg, sqr_avg))
-    if new or not alike: w,g,grad_avg,sqr_avg = _aligned(p, g, grad_avg, sqr_avg)
+def _fused_adam(p, g, grad_avg, sqr_avg, alike, step, lr, mom, sqr_mom, eps, wd=0., decouple_wd=True, max_avg=()):
+    "Update averages and weights with PyTorch's kernel for Adam or AdamW; the averages, with `max_avg` those too"
+    new,avgs = grad_avg is None,[grad_avg, sqr_avg, *([max_avg] if max_avg != () else [])]
+    w,avgs = p,[[torch.zeros_like(o) for o in p] if x is None else x for x in avgs]
+    if new or not alike: w,g,*avgs = _aligned(p, g, *avgs)
+    m,v,*most = avgs
+    most = most[0] if most else []
     if p[0].device.type in _fused_devices:
         count = torch.full((), step, dtype=torch.float32, device=p[0].device)
         kernel = torch._fused_adamw_ if decouple_wd else torch._fused_adam_
-        kernel(w, g, grad_avg, sqr_avg, [], [count]*len(p), lr=lr, beta1=mom, beta2=sqr_mom, weight_decay=wd, eps=eps, amsgrad=False, maximize=False)
-    else: _adam(w, g, grad_avg, sqr_avg, step, lr, mom, sqr_mom, eps, wd, decouple_wd)
+        kernel(w, g, m, v, most, [count]*len(p), lr=lr, beta1=mom, beta2=sqr_mom, weight_decay=wd, eps=eps, amsgrad=bool(most), maximize=False)
+    else: _adam(w, g, m, v, most, step, lr, mom, sqr_mom, eps, wd, decouple_wd)
     if w is not p: torch._foreach_copy_(p, w)
-    return grad_avg,sqr_avg
+    return avgs
 
 # %% ../nbs/01_radam.ipynb #1d695eb6
 @stepper
@@ -121,12 +121,14 @@ def fused_averages(
     step=0, # Updates so far
     grad_avg=None, # Averages of the gradients, one for each of `p`
     sqr_avg=None, # Averages of the squared gradients, one for each of `p`
+    amsgrad=False, # Keep the largest values of `sqr_avg` too?
+    max_avg=None, # Largest values so far, one for each of `p`
     alike=False, # Are gradients and averages known to have the strides of their parameters?
     **kwargs
-)->dict: # `step`, `grad_avg` and `sqr_avg`
-    "Weight decay, both averages and the count in one, on a fused kernel where there is one"
-    grad_avg,sqr_avg = _fused_adam(p, grads(p), grad_avg, sqr_avg, alike, step+1, lr, mom, sqr_mom, math.inf, wd if do_wd else 0., decouple_wd)
-    return dict(step=step+1, grad_avg=grad_avg, sqr_avg=sqr_avg)
+)->dict: # `step`, `grad_avg`, `sqr_avg` and, with `amsgrad`, `max_avg`
+    "Weight decay, averages and the count in one, on a fused kernel where there is one"
+    avgs = _fused_adam(p, grads(p), grad_avg, sqr_avg, alike, step+1, lr, mom, sqr_mom, math.inf, wd if do_wd else 0., decouple_wd, max_avg if amsgrad else ())
+    return dict(zip(('grad_avg', 'sqr_avg', 'max_avg'), avgs), step=step+1)
 
 fused_averages.defaults,fused_averages.keeps = dict(wd=0.),['step', 'grad_avg', 'sqr_avg']
 

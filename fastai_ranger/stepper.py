@@ -122,8 +122,7 @@ def l2_reg(
     **kwargs
 ):
     "Add `wd*p` to the gradients of `p`: L2 regularization"
-    if not do_wd or not wd: return
-    for o,g in zip(p, torch._foreach_add(grads(p), p, alpha=wd)): o.grad = g
+    if do_wd and wd: torch._foreach_add_(grads(p), p, alpha=wd)
 
 l2_reg.defaults = dict(wd=0.)
 
@@ -137,7 +136,7 @@ def pieces(
     if not first[0].is_cpu or sum(map(Tensor.numel, first)) <= n: return [lists]
     res,size = [],n+1
     for ts in zip(*lists):
-        rows = max(1, n*len(ts[0])//ts[0].numel()) if ts[0].numel() > n else None
+        rows = max(1, n*len(ts[0])//ts[0].numel()) if ts[0].numel() > n and all(t.stride(0)*len(t)==t.numel() for t in ts) else None
         for parts in zip(*[t.split(rows) for t in ts]) if rows else [ts]:
             if size+parts[0].numel() > n:
                 res.append(tuple([] for _ in lists))
@@ -184,14 +183,14 @@ def _strides(ts): return [isinstance(o, Tensor) and o.stride() for o in ts]
 # %% ../nbs/00_stepper.ipynb #081677a5
 class Bucket:
     "Parameters that agree in hypers, dtype, device and every plain value of their state"
-    def __init__(self, group, small=False): self.group,self.small,self.params,self.states,self.found = group,small,[],[],None
+    def __init__(self, group): self.group,self.params,self.states,self.found = group,[],[],None
 
     def read(self):
         "Take over what `states` hold"
         self.found = self._look()
         n = len(self.states[0])
         self.values = {k: v if isinstance(v, _plain) else self.found[i::n] for i,(k,v) in enumerate(self.states[0].items())}
-        self.alike = not self.small and all(_strides(o)==_strides(self.params) for o in (grads(self.params), *self.values.values()) if isinstance(o, list))
+        self.alike = all(_strides(o)==_strides(self.params) for o in (grads(self.params), *self.values.values()) if isinstance(o, list))
 
     def _look(self): return list(chain.from_iterable(map(dict.values, self.states)))
 
@@ -226,7 +225,7 @@ class Bucket:
 # %% ../nbs/00_stepper.ipynb #c7eaf5a9
 def _func(cb): return cb.func if isinstance(cb, partial) else cb
 def _is_multi(cb): return getattr(_func(cb), 'multi', None) is _func(cb)
-def _kind(cb): return 'whole' if getattr(_func(cb), 'whole', False) else _is_multi(cb)
+def _is_whole(cb): return getattr(_func(cb), 'whole', False)
 
 def _defaults(cb):
     "The `defaults` of `cb`, less what a partial has settled"
@@ -433,7 +432,7 @@ def _sort(self:MultiTensorOptimizer):
                     current[key] = None
                 last,bucket = key,current[key]
             if not bucket or p.is_cpu and size[key]+p.numel() > most:
-                bucket = current[key] = Bucket(group, most < math.inf)
+                bucket = current[key] = Bucket(group)
                 res.append(bucket)
                 size[key] = 0
             size[key] += p.numel()
@@ -441,11 +440,25 @@ def _sort(self:MultiTensorOptimizer):
             bucket.states.append(state)
     return res
 
-# %% ../nbs/00_stepper.ipynb #66608b0b
+# %% ../nbs/00_stepper.ipynb #6e1c5213
+def _dense(x, p):
+    "`x`, as many numbers as `p` has, with the shape of `p` and its strides, or those it would have without holes"
+    return x.as_strided(p.shape, torch.empty_like(p, device='meta').stride())
+
+def _copies(ps, spare):
+    "Copies of the gradients of `ps`, that lie in memory as `ps` do, in the memory of `spare` where it is enough"
+    sizes = [p.numel() for p in ps]
+    if spare is None or sum(sizes) > len(spare) or any(p.dtype is not spare.dtype for p in ps): res = [torch.empty_like(p) for p in ps]
+    else: res = [x.view(p.shape) if p.is_contiguous() else _dense(x, p) for x,p in zip(spare[:sum(sizes)].split(sizes), ps)]
+    torch._foreach_copy_(res, grads(ps))
+    return res
+
 @contextmanager
-def _put_back(ps, needed=True):
-    "Put back the gradients that `ps` have now, if that is `needed`"
+def _lend(ps, needed, spare=None):
+    "If `needed`, let steppers change the gradients of `ps`: these are copies for the time being"
     gs = grads(ps) if needed else []
+    if gs:
+        for p,g in zip(ps, _copies(ps, spare)): p.grad = g
     try: yield
     finally:
         for p,g in zip(ps, gs): p.grad = g
@@ -458,6 +471,23 @@ def _run_whole(self:MultiTensorOptimizer, cbs):
         res = cb([o[0] for o in rows], **{k: [o.get(k) for o in both] for k in merge(*both)}) if rows else {}
         for k,v in res.items():
             for (_,_,s,_),o in zip(rows, v): s[k] = o
+
+@patch
+def _run_part(self:MultiTensorOptimizer, part, first):
+    runs,small = [(multi, list(cbs)) for multi,cbs in groupby(part, _is_multi)],any(getattr(_func(cb), 'small', False) for cb in part)
+    one,spare = len(runs)==1,None
+    with _lend([p for p in self._params() if p.grad is not None], small and not one):
+        for i,(multi,cbs) in enumerate(runs):
+            if not multi: self._run_each(cbs)
+            else:
+                for b in self._last[-1] if self._last and first and not i else self.buckets():
+                    if small and one and spare is None and b.params[0].is_cpu: spare = self._spare(b.params[0].dtype)
+                    with _lend(b.params, small and one, spare): b.run(cbs, self.hypers[b.group])
+
+@patch
+def _spare(self:MultiTensorOptimizer, dtype):
+    "Memory for the gradients of the largest bucket"
+    return torch.empty(max(sum(map(Tensor.numel, b.params)) for b in self._last[-1]), dtype=dtype)
 
 @patch
 def _run_each(self:MultiTensorOptimizer, cbs):
@@ -474,15 +504,11 @@ def step(self:MultiTensorOptimizer, closure=None):
     self._notice()
     self.buckets() # raises if a gradient cannot be stepped
     self._count_edits()
-    runs = [(kind, list(cbs)) for kind,cbs in groupby(self.cbs, _kind)]
-    small,several = self._has('small'),len(runs) > 1
-    with _put_back(self._params(), small and several):
-        for i,(kind,cbs) in enumerate(runs):
-            if kind=='whole': self._run_whole(cbs)
-            elif kind:
-                for b in self._last[-1] if self._last and not i else self.buckets():
-                    with _put_back(b.params, small and not several): b.run(cbs, self.hypers[b.group])
-            else: self._run_each(cbs)
+    first = True
+    for whole,part in groupby(self.cbs, _is_whole):
+        if whole: self._run_whole(part)
+        else: self._run_part(list(part), first)
+        first = False
     if self._changed:
         for p,_,state,_ in self.all_params(with_grad=True): state.pop('replaced', None)
     self._mark()
