@@ -56,7 +56,7 @@ def radam_step(
     "Step for RAdam with `lr`"
     r,lr = rectify(step, sqr_mom) if rectified else 1.,lr/(1-mom**step)
     if not r: return torch._foreach_add_(p, grad_avg, alpha=-lr) if unrectified=='momentum' else None
-    for w,m,v in pieces(p, grad_avg, max_avg or sqr_avg, n=2**18): torch._foreach_addcdiv_(w, m, _denoms(v, step, sqr_mom, eps, beta), value=-lr*r)
+    for w,m,v in pieces(p, grad_avg, max_avg or sqr_avg): torch._foreach_addcdiv_(w, m, _denoms(v, step, sqr_mom, eps, beta), value=-lr*r)
 
 radam_step.defaults = dict(eps=1e-5, beta=0.)
 

@@ -9,7 +9,7 @@ __all__ = ['common_checks', 'stepper', 'grads', 'sgd_step', 'average_grad', 'ave
 # %% ../nbs/00_stepper.ipynb #00cf1899
 import math,torch
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager,nullcontext
 from copy import deepcopy
 from functools import partial,wraps
 from itertools import chain,groupby,repeat
@@ -124,7 +124,7 @@ def l2_reg(
     "Add `wd*p` to the gradients of `p`: L2 regularization"
     if do_wd and wd: torch._foreach_add_(grads(p), p, alpha=wd)
 
-l2_reg.defaults = dict(wd=0.)
+l2_reg.defaults,l2_reg.changes_grad = dict(wd=0.),'in place'
 
 # %% ../nbs/00_stepper.ipynb #421e77e9
 def pieces(
@@ -363,8 +363,8 @@ def _check_grad(p, name):
     raise ValueError(f"cannot step {name}, shape {tuple(p.shape)}: its dtype is {p.dtype}, its gradient's {g.dtype} ({g.layout}); "
         "both must be dense and of one dtype: float16, bfloat16, float32 or float64")
 
-# %% ../nbs/00_stepper.ipynb #c275a912
-_few = 2**19 # numbers in a bucket of an optimizer that has a `small` stepper
+# %% ../nbs/00_stepper.ipynb #f39017a5
+_few = 2**20 # numbers in a bucket of an optimizer that makes copies
 
 def _values(names):
     "Function that gets the values of `names` from a dict"
@@ -414,7 +414,7 @@ def buckets(self:MultiTensorOptimizer)->list: # `Bucket`s, in the order of their
 @patch
 def _sort(self:MultiTensorOptimizer):
     hypers,res,current,size,names,last = list(self.hypers),[],{},{},None,None
-    most = _few if self._has('small') else math.inf
+    most = _few if self._has('small') or self._has('changes_grad') else math.inf
     for i,(pg,hyper) in enumerate(zip(self.param_lists, hypers)):
         group = hypers.index(hyper)
         for j,p in enumerate(pg):
@@ -454,10 +454,10 @@ def _copies(ps, spare):
     return res
 
 @contextmanager
-def _lend(ps, needed, spare=None):
-    "If `needed`, let steppers change the gradients of `ps`: these are copies for the time being"
-    gs = grads(ps) if needed else []
-    if gs:
+def _lend(ps, copied, spare=None):
+    "Put the gradients of `ps` back in the end; with `copied`, what there is in between are copies"
+    gs = grads(ps)
+    if copied:
         for p,g in zip(ps, _copies(ps, spare)): p.grad = g
     try: yield
     finally:
@@ -472,17 +472,22 @@ def _run_whole(self:MultiTensorOptimizer, cbs):
         for k,v in res.items():
             for (_,_,s,_),o in zip(rows, v): s[k] = o
 
+def _not(*args, **kwargs): return nullcontext()
+
 @patch
 def _run_part(self:MultiTensorOptimizer, part, first):
-    runs,small = [(multi, list(cbs)) for multi,cbs in groupby(part, _is_multi)],any(getattr(_func(cb), 'small', False) for cb in part)
-    one,spare = len(runs)==1,None
-    with _lend([p for p in self._params() if p.grad is not None], small and not one):
+    runs,changes = [(multi, list(cbs)) for multi,cbs in groupby(part, _is_multi)],{getattr(_func(cb), 'changes_grad', None) for cb in part}-{None}
+    lend = partial(_lend, copied='in place' in changes) if changes else _not
+    if len(runs) > 1: lend,lend_all = _not,lend
+    else: lend_all = _not
+    spare = None
+    with lend_all([p for p in self._params() if p.grad is not None]):
         for i,(multi,cbs) in enumerate(runs):
             if not multi: self._run_each(cbs)
             else:
                 for b in self._last[-1] if self._last and first and not i else self.buckets():
-                    if small and one and spare is None and b.params[0].is_cpu: spare = self._spare(b.params[0].dtype)
-                    with _lend(b.params, small and one, spare): b.run(cbs, self.hypers[b.group])
+                    if 'in place' in changes and spare is None and b.params[0].is_cpu: spare = self._spare(b.params[0].dtype)
+                    with lend(b.params, spare=spare): b.run(cbs, self.hypers[b.group])
 
 @patch
 def _spare(self:MultiTensorOptimizer, dtype):

@@ -32,7 +32,7 @@ wrong = [
     (dict(data='digits', bs=0), 'bs must be at least 1, got 0'),
     (dict(data='digits', bs=5000), 'bs must be at most the number of training images, 1437, got 5000'),
     (dict(data='digits', size=-8), 'size must be at least 1, got -8'),
-    (dict(data='digits', sched='cos'), 'sched must be one of flat_cos, one_cycle, got cos'),
+    (dict(data='digits', sched='cos'), 'sched must be one of flat_cos, one_cycle, ranger21, got cos'),
     (dict(data='digits', model='resnet'), 'model must be one of cnn, xresnet18'),
     (dict(data='digits', lr='fast'), 'lr must be a number or `name=number,...`, got fast'),
     (dict(data='digits', lr='0'), 'lr of ranger must be above 0, got 0.0'),
