@@ -448,7 +448,7 @@ def _dense(x, p):
 def _copies(ps, spare):
     "Copies of the gradients of `ps`, that lie in memory as `ps` do, in the memory of `spare` where it is enough"
     sizes = [p.numel() for p in ps]
-    if spare is None or sum(sizes) > len(spare) or any(p.dtype is not spare.dtype for p in ps): res = [torch.empty_like(p) for p in ps]
+    if spare is None or sum(sizes) > len(spare) or any(p.dtype is not spare.dtype or not p.is_cpu for p in ps): res = [torch.empty_like(p) for p in ps]
     else: res = [x.view(p.shape) if p.is_contiguous() else _dense(x, p) for x,p in zip(spare[:sum(sizes)].split(sizes), ps)]
     torch._foreach_copy_(res, grads(ps))
     return res
@@ -469,7 +469,7 @@ def _run_whole(self:MultiTensorOptimizer, cbs):
         rows = list(self.all_params(with_grad=True))
         both = [{**s, **h} for _,_,s,h in rows]
         res = cb([o[0] for o in rows], **{k: [o.get(k) for o in both] for k in merge(*both)}) if rows else {}
-        for k,v in res.items():
+        for k,v in (res or {}).items():
             for (_,_,s,_),o in zip(rows, v): s[k] = o
 
 def _not(*args, **kwargs): return nullcontext()
