@@ -14,7 +14,7 @@ from fastai.learner import Learner,SkipToEpoch
 
 # %% ../nbs/04_callback.ipynb #2e80f340
 class SlowWeights(Callback):
-    "Validate on the slow weights of `ranger`, and leave the model on them after `fit`"
+    "Validate on the slow weights of an optimizer inside Lookahead, and leave the model on them after `fit`"
     order = 65 # after the callbacks that save, stop or put a saved model back
     def __init__(self,
         valid:bool=True, # Validate on them, and predict?
