@@ -327,3 +327,27 @@ def test_nothing_to_average():
             for p in ps: p.grad = None if g is None else torch.zeros_like(p)
             for _ in range(8): opt.step()
         assert apart(ps, before)==0, name
+
+@pytest.mark.parametrize('gc', ['grad', 'update'])
+def test_spared_is_not_centralized(gc):
+    "A weight with `do_gc=False` ends where it does without centralization"
+    def run(gc):
+        ps = params(shapes=[(4, 3)])
+        opt = ranger_gc(ps, lr=.01, gc=gc)
+        opt.state[ps[0]]['do_gc'] = False
+        return train(ps, opt)
+    assert apart(run(gc), run(False)) < 1e-13
+
+def test_trust_ratio_moves_weights_of_zero():
+    "No norm, no ratio: the update as it is"
+    p = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    p.grad = torch.tensor([1., 2, 3], dtype=torch.float64)
+    ranger_lars([p], lr=.1).step()
+    assert torch.allclose(p.detach(), -.1*p.grad, atol=1e-12)
+
+def test_clip_leaves_small_weights_room():
+    "Weights of norm 1e-6 count as 1e-3"
+    p = nn.Parameter(torch.full((1, 4), 5e-7))
+    p.grad = torch.ones(1, 4)
+    adaptive_clip(p, clip=.01)
+    assert torch.allclose(p.grad.norm(), torch.tensor(1e-5))
