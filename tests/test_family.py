@@ -351,3 +351,12 @@ def test_clip_leaves_small_weights_room():
     p.grad = torch.ones(1, 4)
     adaptive_clip(p, clip=.01)
     assert torch.allclose(p.grad.norm(), torch.tensor(1e-5))
+
+@pytest.mark.parametrize('f', [centralize, adaptive_clip, normalize_grad, l2_reg])
+def test_each_stepper_that_changes_gradients_says_so(f):
+    ps = params()
+    opt = MultiTensorOptimizer(ps, [f, sgd_step], lr=.1, wd=.1)
+    gs = [torch.randn_like(p)*100 for p in ps]
+    for p,g in zip(ps, gs): p.grad = g.clone()
+    opt.step()
+    assert all(torch.equal(p.grad, g) for p,g in zip(ps, gs))

@@ -5,7 +5,7 @@ from functools import partial
 import fastai.optimizer as stock
 import pytest
 import torch
-from fastai_ranger import lookahead, radam
+from fastai_ranger import lookahead as lookahead_module, radam
 from fastai_ranger.all import *
 from fastai_ranger.bench import memory
 from fastai_ranger.lookahead import _follow
@@ -181,7 +181,7 @@ lists = st.lists(st.lists(st.tuples(kinds, st.sampled_from([torch.float64, torch
 @pytest.mark.parametrize('decouple_wd,beta', [(True, 0.), (False, 0.), (True, 3.)])
 def test_any_tensors(n, decouple_wd, beta, monkeypatch):
     "Groups of some, one or no parameters, of any shape, type and layout, some not decayed, whose gradients are missing now and then; whole or in `pieces`"
-    for module in (lookahead, radam): monkeypatch.setattr(module, 'pieces', partial(pieces, n=n))
+    for module in (lookahead_module, radam): monkeypatch.setattr(module, 'pieces', partial(pieces, n=n))
     cbs = [slow_weights, *(chain if decouple_wd else [l2_reg, *chain[1:]]), lookahead_step]
     @settings(max_examples=25, deadline=None)
     @given(lists, st.lists(st.floats(1e-4, 1e-2), min_size=3, max_size=3))
@@ -303,7 +303,7 @@ def test_one_kernel_for_what_is_alike_in_memory(monkeypatch):
     monkeypatch.setattr(torch, '_fused_sgd_', lambda *args, **kwargs: called.append(1))
     with FakeTensorMode():
         p,slow = ([torch.empty(2000, 2000, device='cuda')] for _ in range(2))
-        for alike in False,True: lookahead._synchronise(p, slow, .5, alike)
+        for alike in False,True: lookahead_module._synchronise(p, slow, .5, alike)
         assert len(pieces(p, slow)) == 1
     assert len(called) == 1
 
