@@ -40,15 +40,13 @@ def _has_filters(p, conv_only): return p.ndim > (2 if conv_only else 1) and p.nu
 def centralize(
     p, # Parameters
     conv_only=False, # Convolutions only, which have three dimensions or more?
-    in_place=False, # Write into the gradients? (After a stepper that does, they are copies)
     do_gc=True, # Centralize these? (`Learner` says `False` for embeddings)
+    room=torch.empty_like, # Function of one of `p` that returns a tensor for its new gradient
     **kwargs
 ):
     "Take from the gradient of each filter of `p` its mean"
     for o in p if do_gc else []:
-        if not _has_filters(o, conv_only): continue
-        if in_place: o.grad.sub_(_mean(o.grad))
-        else: o.grad = o.grad - _mean(o.grad)
+        if _has_filters(o, conv_only): o.grad = torch.sub(o.grad, _mean(o.grad), out=room(o))
 
 centralize.changes_grad = 'new'
 
@@ -134,9 +132,8 @@ def ranger_va(
     decouple_wd:bool=True # Apply true weight decay or L2 regularization
 )->MultiTensorOptimizer:
     "Ranger with calibrated denominators"
-    if amsgrad: cbs = [partial(fused_averages, decouple_wd=decouple_wd, amsgrad=True), partial(radam_step, rectified=rectified)]
-    else: cbs = [partial(fused_radam_step, decouple_wd=decouple_wd, rectified=rectified)]
-    return _inside(params, cbs, lr=lr, mom=mom, wd=wd, eps=eps, k=k, alpha=alpha, sqr_mom=sqr_mom, beta=beta)
+    step = partial(fused_radam_step, decouple_wd=decouple_wd, amsgrad=amsgrad, rectified=rectified)
+    return _inside(params, [step], lr=lr, mom=mom, wd=wd, eps=eps, k=k, alpha=alpha, sqr_mom=sqr_mom, beta=beta)
 
 # %% ../nbs/07_family.ipynb #e9a9363d
 def _fused_divide(p, old, g, sqr_avg, step, lr, scale, sqr_mom, eps, wd):
@@ -488,7 +485,7 @@ def ranger21(
     rectified:bool=False # RAdam, rather than Adam? (Ranger21 has a warm-up instead)
 )->MultiTensorOptimizer:
     "Ranger21 without its schedule, for which there is `fit_ranger21`"
-    cbs = [f for f,on in ((adaptive_clip, clip), (partial(centralize, in_place=bool(clip)), gc), (normalize_grad, norm_grad)) if on]
+    cbs = [f for f,on in ((adaptive_clip, clip), (centralize, gc), (normalize_grad, norm_grad)) if on]
     if pnm or norm_loss or stable_wd or amsgrad:
         cbs += [partial(average_pnm, amsgrad=amsgrad) if pnm else partial(fused_averages, do_wd=False, amsgrad=amsgrad), *([mean_square, stable_decay] if stable_wd else [weight_decay]), *([norm_loss_step] if norm_loss else []),
                 partial(pnm_step if pnm else radam_step, rectified=rectified)]

@@ -30,10 +30,12 @@ def _denoms(sqr_avg, step, sqr_mom, eps, beta):
     torch._foreach_mul_(denom, 1/math.sqrt(1-sqr_mom**step))
     if eps: torch._foreach_add_(denom, eps)
     if not beta: return denom
-    logs = torch._foreach_mul(denom, beta)
-    torch._foreach_sigmoid_(logs)
-    torch._foreach_log_(logs)
-    torch._foreach_add_(denom, logs, alpha=-1/beta)
+    logs = torch._foreach_mul(denom, -beta/math.log(2) if denom[0].is_cpu else -beta)
+    if denom[0].is_cpu:
+        for o in logs: o.exp2_()
+    else: torch._foreach_exp_(logs)
+    torch._foreach_log1p_(logs)
+    torch._foreach_add_(denom, logs, alpha=1/beta)
     return denom
 
 # %% ../nbs/01_radam.ipynb #b650e897
@@ -149,18 +151,26 @@ def fused_radam_step(
     step=0, # Updates so far
     grad_avg=None, # Averages of the gradients, one for each of `p`
     sqr_avg=None, # Averages of the squared gradients, one for each of `p`
+    amsgrad=False, # Keep the largest values of `sqr_avg` too, and divide by those?
+    max_avg=None, # Largest values so far, one for each of `p`
     alike=False, # Are gradients and averages known to have the strides of their parameters?
     **kwargs
-)->dict: # `step`, `grad_avg` and `sqr_avg`
+)->dict: # `step`, `grad_avg`, `sqr_avg` and, with `amsgrad`, `max_avg`
     "Weight decay, averages and RAdam step in one, on a fused kernel where there is one"
     r = rectify(step+1, sqr_mom) if rectified else 1.
     if not do_wd or decouple_wd and not r and unrectified=='skip': wd = 0.
-    if r and not beta: # the kernel can make the step, too
-        grad_avg,sqr_avg = _fused_adam(p, grads(p), grad_avg, sqr_avg, alike, step+1, lr*r, mom, sqr_mom, eps, wd/r if decouple_wd else wd, decouple_wd)
-        return dict(step=step+1, grad_avg=grad_avg, sqr_avg=sqr_avg)
-    res = fused_averages(p, lr=lr, mom=mom, sqr_mom=sqr_mom, wd=wd, decouple_wd=decouple_wd, step=step, grad_avg=grad_avg, sqr_avg=sqr_avg, alike=alike)
-    radam_step(p, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, beta=beta, unrectified=unrectified, rectified=rectified, **res)
-    return res
+    avgs = [grad_avg, sqr_avg, *([max_avg] if amsgrad else [])]
+    known = alike and all(o is not None for o in avgs)
+    def update(w, g, m, v, *most):
+        if r and not beta: # the kernel can make the step, too
+            return _fused_adam(w, g, m, v, known, step+1, lr*r, mom, sqr_mom, eps, wd/r if decouple_wd else wd, decouple_wd, *most)
+        res = _fused_adam(w, g, m, v, known, step+1, lr, mom, sqr_mom, math.inf, wd, decouple_wd, *most)
+        radam_step(w, lr=lr, mom=mom, step=step+1, sqr_mom=sqr_mom, grad_avg=res[0], sqr_avg=res[-1], eps=eps, beta=beta, unrectified=unrectified, rectified=rectified)
+        return res
+    if beta and known:
+        for part in pieces(p, grads(p), *avgs): update(*part) # the averages are in the cache when the step comes for them
+    else: avgs = update(p, grads(p), *avgs)
+    return dict(zip(('grad_avg', 'sqr_avg', 'max_avg'), avgs), step=step+1)
 
 fused_radam_step.defaults = dict(wd=0., eps=1e-5, beta=0.)
 fused_radam_step.checks,fused_radam_step.keeps = radam_step.checks,['step', 'grad_avg', 'sqr_avg']

@@ -129,7 +129,7 @@ l2_reg.defaults,l2_reg.changes_grad = dict(wd=0.),'in place'
 # %% ../nbs/00_stepper.ipynb #421e77e9
 def pieces(
     *lists, # Lists of tensors: as many in each, and those that go together of one shape
-    n=2**20 # Numbers in a piece, about
+    n=2**19 # Numbers in a piece, about
 )->list: # Tuples with a piece of each of `lists`
     "`lists` in pieces that stay in the cache of a CPU"
     first = lists[0]
@@ -445,21 +445,26 @@ def _dense(x, p):
     "`x`, as many numbers as `p` has, with the shape of `p` and its strides, or those it would have without holes"
     return x.as_strided(p.shape, torch.empty_like(p, device='meta').stride())
 
-def _copies(ps, spare):
-    "Copies of the gradients of `ps`, that lie in memory as `ps` do, in the memory of `spare` where it is enough"
-    sizes = [p.numel() for p in ps]
-    if spare is None or sum(sizes) > len(spare) or any(p.dtype is not spare.dtype or not p.is_cpu for p in ps): res = [torch.empty_like(p) for p in ps]
-    else: res = [x.view(p.shape) if p.is_contiguous() else _dense(x, p) for x,p in zip(spare[:sum(sizes)].split(sizes), ps)]
-    torch._foreach_copy_(res, grads(ps))
-    return res
+class _Room:
+    "Tensors like parameters, in the memory of `spare` as far as it goes"
+    def __init__(self, spare): self.spare = spare
+    def __call__(self, p):
+        n,o = p.numel(),self.spare
+        if o is None or n > len(o) or p.dtype is not o.dtype or not p.is_cpu: return torch.empty_like(p)
+        x,self.spare = o[:n],o[n:]
+        return x.view(p.shape) if p.is_contiguous() else _dense(x, p)
+
+def _grad(p): return p.grad
 
 @contextmanager
 def _lend(ps, copied, spare=None):
     "Put the gradients of `ps` back in the end; with `copied`, what there is in between are copies"
-    gs = grads(ps)
-    if copied:
-        for p,g in zip(ps, _copies(ps, spare)): p.grad = g
-    try: yield
+    gs,room = grads(ps),_Room(spare)
+    try:
+        if copied:
+            for p in ps: p.grad = room(p)
+            torch._foreach_copy_(grads(ps), gs)
+        yield dict(room=_grad if copied else room)
     finally:
         for p,g in zip(ps, gs): p.grad = g
 
@@ -472,7 +477,7 @@ def _run_whole(self:MultiTensorOptimizer, cbs):
         for k,v in (res or {}).items():
             for (_,_,s,_),o in zip(rows, v): s[k] = o
 
-def _not(*args, **kwargs): return nullcontext()
+def _not(*args, **kwargs): return nullcontext({})
 
 @patch
 def _run_part(self:MultiTensorOptimizer, part, first):
@@ -486,8 +491,8 @@ def _run_part(self:MultiTensorOptimizer, part, first):
             if not multi: self._run_each(cbs)
             else:
                 for b in self._last[-1] if self._last and first and not i else self.buckets():
-                    if 'in place' in changes and spare is None and b.params[0].is_cpu: spare = self._spare(b.params[0].dtype)
-                    with lend(b.params, spare=spare): b.run(cbs, self.hypers[b.group])
+                    if changes and spare is None and b.params[0].is_cpu: spare = self._spare(b.params[0].dtype)
+                    with lend(b.params, spare=spare) as more: b.run(cbs, {**self.hypers[b.group], **more})
 
 @patch
 def _spare(self:MultiTensorOptimizer, dtype):
