@@ -6,10 +6,10 @@
 __all__ = ['stock_members', 'bench_opts', 'usual_opts', 'bench_models', 'bench_shapes', 'moves', 'epoch_opts', 'centralize_one',
            'radam_update_one', 'max_sqr_one', 'calibrated_one', 'belief_one', 'trust_one', 'clip_one', 'normalize_one',
            'average_pnm_one', 'stable_decay_one', 'norm_loss_one', 'pnm_one', 'tensors', 'bandwidth', 'moved', 'memory',
-           'time_steps', 'time_epochs', 'plot_bench', 'machine', 'bench', 'read_bench', 'ranger_bench']
+           'time_steps', 'time_epochs', 'plot_bench', 'bench', 'read_bench', 'ranger_bench']
 
 # %% ../nbs/11_bench.ipynb #7b46ac2d
-import json,matplotlib.pyplot as plt,os,pandas as pd,platform,random,sys,time,torch,warnings
+import json,matplotlib.pyplot as plt,os,pandas as pd,random,sys,time,torch,warnings
 import fastai.optimizer as stock
 from fastai.callback.core import Callback,CancelEpochException
 from fastai.callback.schedule import *
@@ -21,14 +21,13 @@ from fastai.vision.models.xresnet import xresnet18,xresnet50
 from fastcore.all import call_parse,store_true
 from functools import partial,wraps
 from importlib import import_module
-from importlib.metadata import version
 from matplotlib.figure import Figure
 from pathlib import Path
 from timeit import Timer
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity,profile
 from torchvision.models import VisionTransformer,resnet50
-from .compare import digits_dls,members
+from .compare import digits_dls,machine,members
 from .family import fastai_hypers
 from .kahan import ranger_kahan
 from .optimizer import ranger
@@ -323,18 +322,8 @@ def plot_bench(
     fig.suptitle(f'Milliseconds of a step. {title}', fontsize=9)
     return fig
 
-# %% ../nbs/11_bench.ipynb #e8e0808e
-def machine(
-    device:str='cpu' # Device
-)->dict: # Hardware and versions
-    "What a figure has to be read beside"
-    cpu = [o.split(': ')[1] for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name')] if sys.platform=='linux' else []
-    found = {}
-    for o in ('torch', 'fastai', 'torch-optimi', 'pytorch_optimizer', 'pytorch-ranger', 'timm'):
-        try: found[o] = version(o)
-        except ImportError: pass
-    return dict(device=torch.cuda.get_device_name() if device=='cuda' else (cpu or [platform.processor()])[0],
-                threads=torch.get_num_threads(), python=platform.python_version(), **found)
+# %% ../nbs/11_bench.ipynb #5d8a649d
+_packages = 'torch','fastai','torch-optimi','pytorch_optimizer','pytorch-ranger','timm'
 
 def _check(name, values, allowed):
     for o in values:
@@ -354,7 +343,7 @@ def bench(
     _check('opts', opts.split(','), bench_opts)
     _check('dtype', [dtype], ['float32', 'bfloat16', 'float16', 'float64'])
     Path(out).mkdir(parents=True, exist_ok=True)
-    res,info = [],machine(device)
+    res,info = [],machine(_packages, device=='cuda')
     line = f"{info['device']}, {info['threads']} threads, torch {info['torch']}, {dtype}"
     print(line)
     for o in lists.split(','):
@@ -405,4 +394,4 @@ def ranger_bench(
     df = time_epochs(opts or ','.join(epoch_opts), rounds or 20, device=device)
     print(df.round(4).to_string(na_rep='-'))
     Path(out).mkdir(parents=True, exist_ok=True)
-    _write(out, 'epoch', df.reset_index(), **machine(device))
+    _write(out, 'epoch', df.reset_index(), **machine(_packages, device=='cuda'))

@@ -1,18 +1,26 @@
 "`ranger-compare`, as a user meets it"
-import signal, subprocess, sys, time
+import inspect, signal, subprocess, sys, time, urllib.error
 from pathlib import Path
 
 import matplotlib
 matplotlib.use('agg')
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai_ranger.compare import compare, models, ranger_compare
+from fastai.layers import Mish, SelfAttention, SimpleSelfAttention
+from fastai.losses import LabelSmoothingCrossEntropyFlat
+from fastai_ranger import data
+from fastai_ranger.compare import check_args, compare, models, ranger_compare, summarize
 from PIL import Image
+from scipy.stats import ttest_rel
 from sklearn.datasets import load_digits
 
 command = Path(sys.executable).parent/'ranger-compare'
 command_func = ranger_compare.__wrapped__ # older versions of `call_parse` read pytest's own arguments
+dashes = '--lr-grid' in subprocess.run([command, '--help'], capture_output=True, text=True).stdout # older versions have `--lr_grid`
+
+def args(**kwargs): return {k: o.default for k,o in inspect.signature(compare).parameters.items()} | kwargs
 
 def write_images(path, splits, n=40):
     "Real scans as PNG files, `n` of each split, in folders by class"
@@ -25,18 +33,34 @@ def write_images(path, splits, n=40):
     return path
 
 wrong = [
-    (dict(data='digits', opts='ranger,rangr'), 'opts must be one of ranger, stock, radam, adam, sgd, ranger_gc, ranger_gc_update, ranger_va, ranger_qh, ranger_adabelief, ranger_lars, ranger21, got rangr'),
-    (dict(data='digits', opts='ranger,ranger'), 'opts has an optimizer more than once'),
+    (dict(data='digits', opts='ranger,rangr'), 'opts must be one of ranger, stock, radam, adam, sgd, ranger_gc, ranger_gc_update, ranger_va, ranger_qh, ranger_adabelief, ranger_lars, ranger21, adam_l2, lookahead_adam, lookahead_sgd, got rangr'),
+    (dict(data='digits', opts='ranger,ranger'), 'opts has one more than once'),
+    (dict(data='digits', opts='ranger:k'), 'opts has ranger:k, which cannot be made'),
+    (dict(data='digits', opts='ranger:k=0'), 'opts has ranger:k=0, which cannot be made: `k` must be'),
+    (dict(data='digits', opts='sgd:speed=3'), 'opts has sgd:speed=3, which cannot be made'),
     (dict(data='digits', epochs=0), 'epochs must be at least 1, got 0'),
     (dict(data='digits', seeds=0), 'seeds must be at least 1, got 0'),
     (dict(data='digits', bs=0), 'bs must be at least 1, got 0'),
     (dict(data='digits', bs=5000), 'bs must be at most the number of training images, 1437, got 5000'),
     (dict(data='digits', size=-8), 'size must be at least 1, got -8'),
-    (dict(data='digits', sched='cos'), 'sched must be one of flat_cos, one_cycle, ranger21, got cos'),
+    (dict(data='digits', sched='cos'), 'sched must be one of flat_cos, one_cycle, ranger21, warm_flat_cos, flat, got cos'),
+    (dict(data='digits', sched='flat,flat'), 'sched has one more than once'),
     (dict(data='digits', model='resnet'), 'model must be one of cnn, xresnet18'),
     (dict(data='digits', lr='fast'), 'lr must be a number or `name=number,...`, got fast'),
     (dict(data='digits', lr='0'), 'lr of ranger must be above 0, got 0.0'),
     (dict(data='digits', opts='adam', lr='ranger=.1'), 'lr is given for ranger, which is not compared'),
+    (dict(data='digits', lr='.1', lr_grid=3), 'lr is what lr_grid looks for, got both'),
+    (dict(data='digits', lr_grid=-1), 'lr_grid must be at least 0, got -1'),
+    (dict(data='digits', lr_grid=3, bs=1400), 'bs must be at most the number of training images, 1149, got 1400'),
+    (dict(data='digits', tune_seeds=0), 'tune_seeds must be at least 1, got 0'),
+    (dict(data='digits', recipe='secret'), 'recipe must be one of plain, leaderboard, got secret'),
+    (dict(data='digits', recipe='leaderboard', model='cnn'), "model must be one of fastai's for recipe leaderboard, got cnn"),
+    (dict(data='digits', precision='fp8'), 'precision must be one of fp32, fp16, bf16, got fp8'),
+    (dict(data='digits', noise=2.), 'noise must be a number in [0, 1], got 2.0'),
+    (dict(data='digits', n_train=0), 'n_train must be from 1 to the number of training images, 1437, got 0'),
+    (dict(data='digits', path='here'), 'path goes with one of fashion_mnist, cifar10, imagenette, imagewoof, got here with digits'),
+    (dict(data='imagenette', path='no/such'), 'no such folder: no/such'),
+    (dict(data='fashion_mnist', path='no/such'), 'no fashion_mnist in no/such'),
     (dict(data='no/such'), 'no such folder: no/such'),
 ]
 
@@ -95,6 +119,92 @@ def test_a_seed_is_the_same_start_for_all(tmp_path):
     losses = df.groupby('seed').train_loss
     assert (losses.max()-losses.min()).max() < 1e-4 and losses.mean().nunique() == 2
 
+def test_an_image_that_cannot_be_read(tmp_path, capsys):
+    path = write_images(tmp_path/'data', ('train', 'valid'))
+    (path/'train/0/broken.png').write_bytes(b'no image')
+    with pytest.raises(SystemExit): command_func(str(path), bs=8)
+    assert f"cannot read {path/'train/0/broken.png'}" in capsys.readouterr().err
+
+def test_no_network(monkeypatch, capsys):
+    "The message names the folder option"
+    def fail(*args, **kwargs): raise urllib.error.URLError('no route to host')
+    monkeypatch.setattr(data, 'untar_data', fail)
+    for name in ('cifar10', 'imagenette', 'imagewoof'):
+        with pytest.raises(SystemExit): command_func(name)
+        assert f'cannot download {name} (<urlopen error no route to host>): give the folder it is in with path' in capsys.readouterr().err
+
+def test_the_leaderboard_recipe(tmp_path):
+    made = check_args(**args(data='digits', size=16, bs=32, recipe='leaderboard', model='xresnet18', out=tmp_path))['run'].keywords
+    model = made['model'](n_out=10, c_in=1)
+    assert any(isinstance(m, Mish) for m in model.modules()) and not any(isinstance(m, torch.nn.ReLU) for m in model.modules())
+    assert any(isinstance(m, SimpleSelfAttention|SelfAttention) for m in model.modules())
+    assert made['loss_func'] is LabelSmoothingCrossEntropyFlat
+    assert check_args(**args(data='digits', size=16, recipe='leaderboard', out=tmp_path/'2'))['settings']['model'] == 'xse_resnext50'
+
+## The rate is looked for on training images
+
+def test_validation_images_choose_no_rate(tmp_path):
+    "With labels that are all wrong in validation, rates are found all the same"
+    path = write_images(tmp_path/'data', ('train', 'valid'), n=200)
+    for i in range(5): # 0 to 4 trade places with 5 to 9
+        (path/f'valid/{i}').rename(path/'valid/x')
+        (path/f'valid/{i+5}').rename(path/f'valid/{i}')
+        (path/'valid/x').rename(path/f'valid/{i+5}')
+    df = compare(str(path), opts='adam', epochs=8, seeds=1, bs=16, size=24, model='cnn', lr_grid=3, out=str(tmp_path/'out'))
+    tune = pd.read_csv(tmp_path/'out/tune.csv')
+    best = tune[tune.epoch==8].set_index('lr').accuracy
+    assert len(best) == 3 and best.max() > .4 > .2 > df[df.epoch==8].accuracy.item()
+    assert df.lr.unique().tolist() == [best.idxmax()]
+
+## What is finished is not run again
+
+def runs_of(path): return pd.read_csv(path)[['optimizer', 'sched', 'lr', 'seed', 'epoch']].drop_duplicates()
+
+def test_kill_and_go_on(tmp_path):
+    args = ['digits', '--epochs', '2', '--seeds', '2', '--opts', 'ranger,adam', '--sched', 'flat_cos,one_cycle', '--lr-grid' if dashes else '--lr_grid', '2', '--out', tmp_path]
+    for kept in ('tune.csv', 'results.csv'):
+        p = subprocess.Popen([command, *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (tmp_path/kept).exists():
+            assert p.poll() is None
+            time.sleep(.02)
+        p.kill()
+        p.wait()
+        assert (pd.read_csv(tmp_path/kept).groupby(['optimizer', 'sched', 'lr', 'seed']).size() == 2).all()
+    before = {k: (tmp_path/k).read_text() for k in ('tune.csv', 'results.csv')}
+    out = subprocess.run([command, *args], capture_output=True, text=True, check=True).stdout
+    for k,old in before.items():
+        now = (tmp_path/k).read_text()
+        assert now.startswith(old) and len(runs_of(tmp_path/k)) == len(pd.read_csv(tmp_path/k)) == 16
+    assert out.count('seed') == 4*2+4*2-sum(len(o.splitlines())-1 for o in before.values())//2
+    done = {k: (tmp_path/k).stat().st_mtime_ns for k in before}
+    report = (tmp_path/'report.md').read_text()
+    again = next(o for o in report.splitlines() if o.startswith('    ranger-compare'))
+    out = subprocess.run([command, *again.split()[1:]], capture_output=True, text=True, check=True).stdout
+    assert 'seed' not in out and {k: (tmp_path/k).stat().st_mtime_ns for k in before} == done
+    assert (tmp_path/'report.md').read_text() == report
+
+def test_more_seeds_and_optimizers(tmp_path):
+    compare('digits', opts='ranger', epochs=1, seeds=1, out=tmp_path)
+    first = (tmp_path/'results.csv').read_text()
+    df = compare('digits', opts='ranger,adam', epochs=1, seeds=2, out=tmp_path)
+    assert (tmp_path/'results.csv').read_text().startswith(first) and len(df) == 4
+    assert len(compare('digits', opts='adam', epochs=1, seeds=2, out=tmp_path)) == 2 and len(pd.read_csv(tmp_path/'results.csv')) == 4
+
+def test_results_of_another_comparison(tmp_path, capsys):
+    compare('digits', opts='ranger', epochs=1, seeds=1, out=tmp_path)
+    kept = {o: o.read_bytes() for o in tmp_path.iterdir()}
+    with pytest.raises(SystemExit): command_func('digits', opts='ranger', epochs=2, noise=.1, out=tmp_path)
+    assert f'out must be a folder without the results of another comparison, got {tmp_path}, which has one with other epochs, noise' in capsys.readouterr().err
+    assert {o: o.read_bytes() for o in tmp_path.iterdir()} == kept
+    (tmp_path/'settings.json').unlink()
+    with pytest.raises(SystemExit): command_func('digits', opts='ranger', epochs=1, out=tmp_path)
+
+def test_first_is_what_others_are_measured_against(tmp_path):
+    table = summarize(compare('digits', opts='adam,sgd,adam:wd=.01', epochs=1, seeds=3, out=tmp_path))
+    assert table['diff'].isna().to_dict() == {'adam': True, 'sgd': False, 'adam:wd=.01': False}
+    assert table.loc['adam:wd=.01', 'diff'] == 0 and np.isnan(table.loc['adam:wd=.01', 'p']) # fastai's Adam has that weight decay
+    accs = pd.read_csv(tmp_path/'results.csv').pivot(index='seed', columns='optimizer', values='accuracy')
+    assert table.loc['sgd', 'p'] == pytest.approx(ttest_rel(accs.sgd, accs.adam).pvalue)
 
 def test_exit_status():
     res = subprocess.run([command, 'digits', '--opts', 'nope'], capture_output=True, text=True)
