@@ -190,7 +190,7 @@ def plot_curves(
         mine = label==name
         acc = pct[mine].groupby(df.epoch).agg(['mean', 'min', 'max'])
         look = dict(color=_color(name), ls=_style(name), lw=2.2) if name.split(',')[0] != 'stock' else dict(color='black', ls='--', lw=1.2, zorder=3)
-        ax.fill_between(acc.index, acc['min'], acc['max'], color=_color(name), alpha=.12, lw=0)
+        if len(table) < 8: ax.fill_between(acc.index, acc['min'], acc['max'], color=_color(name), alpha=.12, lw=0)
         ax.plot(acc.index, acc['mean'], **look)
         clock.plot(elapsed[mine].groupby(df.epoch).median(), acc['mean'], **look)
     for i,(name,row) in enumerate(table.iterrows()):
@@ -200,14 +200,14 @@ def plot_curves(
         time.barh(i, row.seconds_per_epoch, color=_color(name), alpha=.25)
         time.barh(i, row.seconds_per_epoch*row.optimizer_share, color=_color(name))
         time.annotate(f'{row.optimizer_share:.0%}', (row.seconds_per_epoch, i), (4, 0), textcoords='offset points', va='center', fontsize=8)
-    ax.set_title('Accuracy (%): mean and range of the seeds', fontsize=10)
+    ax.set_title(f"Accuracy (%): mean{' and range' if len(table) < 8 else ''} of the seeds", fontsize=10)
     low = max(0, np.percentile(pct, 10)-4),min(100, pct.max()+1)
     ax.set(xlabel='epoch', ylim=low)
     clock.set_title('over the seconds of training', fontsize=10)
     clock.set(xlabel='seconds', ylim=low, yticklabels=[])
     ax.xaxis.get_major_locator().set_params(integer=True)
     end.set_title('at the end: each seed and the mean', fontsize=10)
-    time.set_title('Seconds an epoch, optimizer darker', fontsize=10)
+    time.set_title('Seconds an epoch\n(darker: optimizer)', fontsize=10)
     for o in (end, time): o.set(yticks=range(len(table)), yticklabels=table.index, ylim=(len(table)-.5, -.5))
     time.set(yticklabels=[], xlim=(0, table.seconds_per_epoch.max()*1.2))
     for tick,name in zip(end.get_yticklabels(), table.index): tick.set(color=_color(name), weight='bold')
@@ -304,6 +304,7 @@ def check_args(data, opts, epochs, lr, sched, seeds, bs, size, model, recipe, pa
     if lr_grid and lr is not None: raise ValueError(f"lr is what lr_grid looks for, got both: {lr} and {lr_grid}")
     one_of('recipe', recipe, recipes)
     one_of('precision', precision, ('fp32', 'fp16', 'bf16'))
+    if precision != 'fp32' and not torch.cuda.is_available(): raise ValueError(f"precision must be fp32 where there is no GPU, got {precision}")
     model_kwargs = dict(recipes[recipe])
     loss_func,usual = model_kwargs.pop('loss_func'),model_kwargs.pop('model')
     model = model or (usual if model_kwargs or data not in ('digits', 'fashion_mnist', 'cifar10') else 'cnn')
@@ -381,7 +382,7 @@ def compare(
         if not df.empty:
             print('\n' + summarize(df).to_string(float_format='{:.4f}'.format, na_rep='-', formatters=dict(lr='{:g}'.format, optimizer_share='{:.1%}'.format)))
             title = f"{todo['settings']['data']}: {todo['settings']['model']}, {epochs} epochs, {df.seed.nunique()} seeds, batch size {bs}"
-            plot_curves(df, title).savefig(out/'curves.png', dpi=150)
+            plot_curves(df, title).savefig(out/'curves.png', dpi=100)
             defaults = {k: o.default for k,o in signature(compare).parameters.items()}
             command = ' '.join(['ranger-compare', data, *[f'--{k.replace("_", "-")}' + ('' if v is True else f' {v}') for k,v in args.items() if k != 'data' and v != defaults[k]]])
             (out/'report.md').write_text(_report(title, command, todo['settings'], images, df, tuned))

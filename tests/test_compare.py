@@ -1,5 +1,5 @@
 "`ranger-compare`, as a user meets it"
-import inspect, signal, subprocess, sys, time, urllib.error
+import inspect, json, signal, subprocess, sys, time, urllib.error
 from pathlib import Path
 
 import matplotlib
@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 import torch
 from fastai.layers import Mish, SelfAttention, SimpleSelfAttention
-from fastai.losses import LabelSmoothingCrossEntropyFlat
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai_ranger import data
-from fastai_ranger.compare import check_args, compare, models, ranger_compare, summarize
+from fastai_ranger.compare import check_args, cnn, compare, digits_dls, models, ranger_compare, scheds, summarize
 from PIL import Image
 from scipy.stats import ttest_rel
 from sklearn.datasets import load_digits
@@ -133,6 +134,11 @@ def test_no_network(monkeypatch, capsys):
         with pytest.raises(SystemExit): command_func(name)
         assert f'cannot download {name} (<urlopen error no route to host>): give the folder it is in with path' in capsys.readouterr().err
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_mixed_precision_without_a_gpu(tmp_path, capsys):
+    with pytest.raises(SystemExit): command_func('digits', precision='bf16', out=tmp_path)
+    assert 'precision must be fp32 where there is no GPU, got bf16' in capsys.readouterr().err
+
 def test_the_leaderboard_recipe(tmp_path):
     made = check_args(**args(data='digits', size=16, bs=32, recipe='leaderboard', model='xresnet18', out=tmp_path))['run'].keywords
     model = made['model'](n_out=10, c_in=1)
@@ -140,6 +146,22 @@ def test_the_leaderboard_recipe(tmp_path):
     assert any(isinstance(m, SimpleSelfAttention|SelfAttention) for m in model.modules())
     assert made['loss_func'] is LabelSmoothingCrossEntropyFlat
     assert check_args(**args(data='digits', size=16, recipe='leaderboard', out=tmp_path/'2'))['settings']['model'] == 'xse_resnext50'
+
+def test_noise_and_a_part_of_the_images(tmp_path):
+    df = compare('digits', opts='adam', epochs=3, seeds=1, n_train=512, noise=1., out=tmp_path)
+    assert df.accuracy.iloc[-1] < .05 # never the right one
+    assert json.loads((tmp_path/'settings.json').read_text())['n_train'] == 512
+
+def test_schedules(tmp_path):
+    df = compare('digits', opts='adam', sched=','.join(scheds), epochs=1, seeds=1, out=tmp_path)
+    assert df.groupby('sched', sort=False).train_loss.first().nunique() == len(scheds)
+
+def test_warm_up():
+    learn = Learner(digits_dls(), cnn(c_in=1), CrossEntropyLossFlat())
+    scheds['warm_flat_cos'](learn, 2, .1)
+    lrs = learn.recorder.hps['lr']
+    assert lrs[0] == pytest.approx(1e-4) and lrs[5:33] == pytest.approx([.1]*28) and lrs[-1] < .01
+    assert lrs[:5] == sorted(lrs[:5]) and lrs[33:] == sorted(lrs[33:], reverse=True)
 
 ## The rate is looked for on training images
 
@@ -200,9 +222,10 @@ def test_results_of_another_comparison(tmp_path, capsys):
     with pytest.raises(SystemExit): command_func('digits', opts='ranger', epochs=1, out=tmp_path)
 
 def test_first_is_what_others_are_measured_against(tmp_path):
-    table = summarize(compare('digits', opts='adam,sgd,adam:wd=.01', epochs=1, seeds=3, out=tmp_path))
-    assert table['diff'].isna().to_dict() == {'adam': True, 'sgd': False, 'adam:wd=.01': False}
+    table = summarize(compare('digits', opts='adam,sgd,adam:wd=.01,adam:mom=0.', epochs=1, seeds=3, out=tmp_path))
+    assert table['diff'].isna().to_dict() == {'adam': True, 'sgd': False, 'adam:wd=.01': False, 'adam:mom=0.': False}
     assert table.loc['adam:wd=.01', 'diff'] == 0 and np.isnan(table.loc['adam:wd=.01', 'p']) # fastai's Adam has that weight decay
+    assert table.loc['adam:mom=0.', 'diff'] != 0
     accs = pd.read_csv(tmp_path/'results.csv').pivot(index='seed', columns='optimizer', values='accuracy')
     assert table.loc['sgd', 'p'] == pytest.approx(ttest_rel(accs.sgd, accs.adam).pvalue)
 
