@@ -137,8 +137,8 @@ class Results:
         part.replace(self.file)
 
     def of(self, runs):
-        "The rows of `runs`"
-        return self.df.merge(pd.DataFrame(runs)[_key], on=_key)
+        "The rows of `runs`, in their order"
+        return pd.DataFrame(runs)[_key].merge(self.df, on=_key)
 
 # %% ../nbs/10_compare.ipynb #19e055e6
 def _paired(a, b):
@@ -378,7 +378,7 @@ def compare(
         runs = _runs(pairs, lrs, seeds)
         train(runs, images, results, 0)
     finally:
-        df = results.of(runs) if runs and not results.df.empty else results.df
+        df = results.of(runs) if runs and not results.df.empty else results.df[:0]
         if not df.empty:
             print('\n' + summarize(df).to_string(float_format='{:.4f}'.format, na_rep='-', formatters=dict(lr='{:g}'.format, optimizer_share='{:.1%}'.format)))
             title = f"{todo['settings']['data']}: {todo['settings']['model']}, {epochs} epochs, {df.seed.nunique()} seeds, batch size {bs}"

@@ -210,6 +210,7 @@ def test_more_seeds_and_optimizers(tmp_path):
     first = (tmp_path/'results.csv').read_text()
     df = compare('digits', opts='ranger,adam', epochs=1, seeds=2, out=tmp_path)
     assert (tmp_path/'results.csv').read_text().startswith(first) and len(df) == 4
+    assert summarize(compare('digits', opts='adam,ranger', epochs=1, seeds=2, out=tmp_path))['diff'].isna().to_dict() == {'adam': True, 'ranger': False} # the first named
     assert len(compare('digits', opts='adam', epochs=1, seeds=2, out=tmp_path)) == 2 and len(pd.read_csv(tmp_path/'results.csv')) == 4
 
 def test_results_of_another_comparison(tmp_path, capsys):
