@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['members', 'opt_funcs', 'usual_lrs', 'scheds', 'models', 'recipes', 'colors', 'parse_opt', 'cnn', 'StepTimer',
-           'train_run', 'Results', 'summarize', 'plot_curves', 'machine', 'rates', 'best_rates', 'parse_lrs',
-           'ArgumentError', 'check_args', 'compare', 'ranger_compare']
+           'train_run', 'Results', 'summarize', 'plot_curves', 'machine', 'rates', 'best_rates', 'best_scheds',
+           'parse_lrs', 'ArgumentError', 'check_args', 'compare', 'ranger_compare']
 
 # %% ../nbs/10_compare.ipynb #419f2879
 import json,platform,sys
@@ -40,7 +40,11 @@ opt_funcs = dict(ranger=ranger, stock=stock.ranger, radam=RAdam, adam=stock.Adam
                  adam_l2=partial(stock.Adam, decouple_wd=False), lookahead_adam=lookahead(stock.Adam), lookahead_sgd=lookahead(_sgd))
 usual_lrs = {**dict.fromkeys(opt_funcs, 8e-3), **dict.fromkeys(('radam', 'adam', 'adam_l2', 'lookahead_adam'), 3e-3), **dict.fromkeys(('sgd', 'lookahead_sgd'), 1e-1)}
 
-# %% ../nbs/10_compare.ipynb #e848cd18
+# %% ../nbs/10_compare.ipynb #f010d690
+def _literal(s):
+    try: return literal_eval(s)
+    except (ValueError, SyntaxError): return s
+
 def parse_opt(
     name:str # A key of `opt_funcs`, and `:hyper=value` for each hyper that is to be another
 )->callable: # The `opt_func`
@@ -48,9 +52,9 @@ def parse_opt(
     key,*hypers = name.split(':')
     if key not in opt_funcs: raise ValueError(f"opts must be one of {', '.join(opt_funcs)}, got {key}")
     try:
-        f = partial(opt_funcs[key], **{k: literal_eval(v) for k,v in (o.split('=') for o in hypers)}) if hypers else opt_funcs[key]
+        f = partial(opt_funcs[key], **{k: _literal(v) for k,v in (o.split('=') for o in hypers)}) if hypers else opt_funcs[key]
         f([nn.Parameter(torch.zeros(1))], lr=1e-3)
-    except (TypeError, ValueError, SyntaxError) as e: raise ValueError(f"opts has {name}, which cannot be made: {e}") from None
+    except (TypeError, ValueError) as e: raise ValueError(f"opts has {name}, which cannot be made: {e}") from None
     return f
 
 # %% ../nbs/10_compare.ipynb #5455f528
@@ -237,13 +241,16 @@ def _markdown(df):
     for c in cells: cells[c] = [o if isinstance(o, str) else '-' if pd.isna(o) else _formats.get(c, '{:.4f}'.format)(o) for o in cells[c]]
     return '\n'.join('| ' + ' | '.join(o) + ' |' for o in (list(cells), ['---']*len(cells.columns), *cells.values.tolist()))
 
-def _report(title, command, settings, images, df, tuned):
+def _report(title, command, settings, images, df, tried):
     now = machine()
     parts = [f'# {title}', f'    {command}', f"{len(images.train)} images to train on, {len(images.valid)} to validate on, {len(images.vocab)} classes. "
         f"{now.pop('device')}, {now.pop('threads')} threads, {', '.join(f'{k} {v}' for k,v in now.items())}.", '![](curves.png)', _markdown(summarize(df)),
         f"`diff` is the mean difference to {_labels(df).iloc[0]} in accuracy, seed by seed, `ci95` half its 95% interval, `p` from a paired t-test."]
-    if tuned is not None:
-        parts += ['## Learning rates', 'Accuracy on a fifth of the training images, held out; the best rate of each row was then used on all of them.', _markdown(tuned)]
+    if tried is not None:
+        tuned = best_rates(tried)
+        only = ", with each optimizer's better schedule" if len(df[['optimizer', 'sched']].drop_duplicates()) < len(tuned) else ''
+        parts += ['## Learning rates', f"Accuracy on a fifth of the training images, held out, after training on {settings['n_tune'] or len(images.train)*4//5} of the others: "
+            f"{len(tried)//settings['epochs']} runs, {tried.seconds.sum()/60:.0f} minutes of training. The best rate of each row was then used on all images{only}.", _markdown(tuned)]
     return '\n\n'.join([*parts, '## Settings', *[f'    {k}: {v}' for k,v in settings.items()]]) + '\n'
 
 # %% ../nbs/10_compare.ipynb #655ef8ba
@@ -254,16 +261,27 @@ def rates(
     "`n` learning rates around `lr`"
     return [float(f'{lr*10**((i-n//2)/2):.2g}') for i in range(n)]
 
+def _ends(df):
+    "Mean accuracy and loss at the end by optimizer, schedule and rate: the best accuracy first, of equal ones the lowest loss"
+    end = df[df.epoch==df.epoch.max()].groupby(['optimizer', 'sched', 'lr'])[['accuracy', 'valid_loss']].mean().reset_index()
+    return end.sort_values(['accuracy', 'valid_loss'], ascending=[False, True])
+
 def best_rates(
     df # Rows of runs with several rates, as in `tune.csv`
 )->pd.DataFrame: # A row for each optimizer and schedule: accuracy by rate, and the best rate as `lr`
     "The rate with the best accuracy at the end, or the lowest loss of those"
-    end = df[df.epoch==df.epoch.max()].groupby(['optimizer', 'sched', 'lr'])[['accuracy', 'valid_loss']].mean().reset_index()
+    end = _ends(df)
     end['nth'] = end.groupby(['optimizer', 'sched']).lr.rank().astype(int)
-    best = end.sort_values(['accuracy', 'valid_loss'], ascending=[False, True]).groupby(['optimizer', 'sched']).first()
+    best = end.groupby(['optimizer', 'sched']).first()
     res = end.pivot(index=['optimizer', 'sched'], columns='nth', values='accuracy')
     edge = (best.nth==1) | (best.nth==end.nth.max())
     return res.rename(columns='rate {}'.format).assign(lr=best.lr, at_edge=edge.map({True: 'yes', False: ''}))
+
+def best_scheds(
+    df # Rows of runs with several schedules, as in `tune.csv`
+)->dict: # The schedule of each optimizer
+    "The schedule with the best accuracy at the end at its best rate, or the lowest loss of those"
+    return _ends(df).groupby('optimizer').sched.first().to_dict()
 
 # %% ../nbs/10_compare.ipynb #db8a7dec
 def parse_lrs(
@@ -290,7 +308,7 @@ def _names(arg, value):
     if len(set(names)) < len(names): raise ValueError(f"{arg} has one more than once: {value}")
     return names
 
-def check_args(data, opts, epochs, lr, sched, seeds, bs, size, model, recipe, path, n_train, noise, lr_grid, tune_seeds, precision, channels_last, out):
+def check_args(data, opts, epochs, lr, sched, seeds, bs, size, model, recipe, path, n_train, noise, lr_grid, tune_seeds, n_tune, best_sched, precision, channels_last, out):
     "What `compare` needs, as a dict; `ValueError` if the arguments cannot work"
     def one_of(name, value, allowed):
         if value not in allowed: raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
@@ -302,6 +320,8 @@ def check_args(data, opts, epochs, lr, sched, seeds, bs, size, model, recipe, pa
     for name,value in dict(epochs=epochs, seeds=seeds, bs=bs, size=1 if size is None else size, tune_seeds=tune_seeds).items(): at_least(name, value)
     at_least('lr_grid', lr_grid, 0)
     if lr_grid and lr is not None: raise ValueError(f"lr is what lr_grid looks for, got both: {lr} and {lr_grid}")
+    for name,value in dict(n_tune=n_tune, best_sched=best_sched or None).items():
+        if value is not None and not lr_grid: raise ValueError(f"{name} goes with lr_grid, got {value} without it")
     one_of('recipe', recipe, recipes)
     one_of('precision', precision, ('fp32', 'fp16', 'bf16'))
     if precision != 'fp32' and not torch.cuda.is_available(): raise ValueError(f"precision must be fp32 where there is no GPU, got {precision}")
@@ -314,21 +334,21 @@ def check_args(data, opts, epochs, lr, sched, seeds, bs, size, model, recipe, pa
     images = get_images(data, path, size)
     if n_train is not None: images = images.take(n_train)
     images = images.noisy(noise)
-    n = len(images.train)*4//5 if lr_grid else len(images.train)
+    tuning = images.split(n_tune) if lr_grid else None
+    n = len((tuning or images).train)
     if n < bs: raise ValueError(f"bs must be at most the number of training images, {n}, got {bs}")
     settings = dict(data=Path(data).name, n_train=len(images.train), n_valid=len(images.valid), epochs=epochs, bs=bs, size=size, model=model, recipe=recipe, noise=noise,
-                    precision=precision, channels_last=channels_last)
+                    precision=precision, channels_last=channels_last, n_tune=n_tune)
     out = Path(out)
     old = json.loads((out/'settings.json').read_text()) if (out/'settings.json').exists() else settings if not (out/'results.csv').exists() else {}
-    if old != settings:
-        changed = ', '.join(k for k in settings if settings[k] != old.get(k))
-        raise ValueError(f"out must be a folder without the results of another comparison, got {out}, which has one with other {changed}")
+    changed = ', '.join(k for k in settings if settings[k] != old.get(k))
+    if changed: raise ValueError(f"out must be a folder without the results of another comparison, got {out}, which has one with other {changed}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out/'settings.json').write_text(json.dumps(settings))
     except OSError as e: raise ValueError(f"cannot make the folder {out}: {e.strerror}") from None
     run = partial(train_run, model=partial(models[model], **model_kwargs), epochs=epochs, loss_func=loss_func, precision=precision, channels_last=channels_last)
-    return dict(lrs=lrs, scheds=sched, opt_funcs=made, images=images, run=run, settings=settings)
+    return dict(lrs=lrs, scheds=sched, opt_funcs=made, images=images, tuning=tuning, run=run, settings=settings)
 
 def _runs(pairs, lrs, seeds): return [dict(optimizer=o, sched=s, lr=lr, seed=seed) for seed in range(seeds) for o,s in pairs for lr in lrs[o, s]]
 
@@ -349,6 +369,8 @@ def compare(
     noise:float=0., # Share of the training images that get a wrong label, in [0, 1]
     lr_grid:int=0, # Number of learning rates to try for each optimizer and schedule, on a split of the training images
     tune_seeds:int=1, # Number of runs with each of these rates
+    n_tune:int=None, # Number of images to train on in that search; `None` for four fifths of the training images
+    best_sched:store_true=False, # After that search, only the schedule that did best in it, for each optimizer?
     precision:str='fp32', # `fp32`, or `fp16` or `bf16` for mixed precision on a GPU
     channels_last:store_true=False, # Channels-last memory format?
     out:str='ranger-compare' # Folder for `results.csv`, `tune.csv`, `curves.png` and `report.md`
@@ -359,7 +381,7 @@ def compare(
     except ValueError as e: raise ArgumentError(e) from None
     out,images,pairs = Path(out),todo['images'],list(itertools.product(todo['lrs'], todo['scheds']))
     results,tune = Results(out/'results.csv'),Results(out/'tune.csv')
-    lrs,tries,tuned,walls = {(o,s): [todo['lrs'][o]] for o,s in pairs},[],None,[]
+    lrs,tries,tried,walls = {(o,s): [todo['lrs'][o]] for o,s in pairs},[],None,[]
     if lr_grid: tries = _runs(pairs, {(o,s): rates(lr, lr_grid) for (o,s),(lr,) in lrs.items()}, tune_seeds)
     def train(runs, images, to, later):
         missing = [o for o in runs if not to.has(o)]
@@ -372,9 +394,11 @@ def compare(
     runs = []
     try:
         if tries:
-            train(tries, images.split(), tune, len(pairs)*seeds)
-            tuned = best_rates(tune.of(tries))
-            lrs = {k: [lr] for k,lr in tuned.lr.items()}
+            later = (len(todo['lrs']) if best_sched else len(pairs))*seeds
+            train(tries, todo['tuning'], tune, later*len(images.train)/len(todo['tuning'].train))
+            tried = tune.of(tries)
+            lrs = {k: [lr] for k,lr in best_rates(tried).lr.items()}
+            if best_sched: pairs = [o for o in pairs if o in best_scheds(tried).items()]
         runs = _runs(pairs, lrs, seeds)
         train(runs, images, results, 0)
     finally:
@@ -385,7 +409,7 @@ def compare(
             plot_curves(df, title).savefig(out/'curves.png', dpi=100)
             defaults = {k: o.default for k,o in signature(compare).parameters.items()}
             command = ' '.join(['ranger-compare', data, *[f'--{k.replace("_", "-")}' + ('' if v is True else f' {v}') for k,v in args.items() if k != 'data' and v != defaults[k]]])
-            (out/'report.md').write_text(_report(title, command, todo['settings'], images, df, tuned))
+            (out/'report.md').write_text(_report(title, command, todo['settings'], images, df, tried))
             print(f"\nWrote {', '.join(str(out/o) for o in ('results.csv', 'curves.png', 'report.md'))}")
     return df
 

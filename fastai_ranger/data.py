@@ -45,11 +45,12 @@ class Images:
         shift = rng.integers(1, n, len(self.train)).tolist()
         return self._with([(x, (y+shift[i])%n if i in wrong else y) for i,(x,y) in enumerate(self.train)])
 
-    def split(self):
-        "The training images alone, the last fifth of them, once shuffled, for validation"
+    def split(self, n=None):
+        "The training images alone: the last fifth of them, once shuffled, for validation, the others, or `n` of them, to train on"
         items = _shuffled(self.train)
-        n = len(items)*4//5
-        return self._with(items[:n], items[n:])
+        most = len(items)*4//5
+        if n is not None and not 0 < n <= most: raise ValueError(f"n_tune must be from 1 to four fifths of the training images, {most}, got {n}")
+        return self._with(items[:most if n is None else n], items[most:])
 
     def _with(self, train, valid=None): return Images(train, self.valid if valid is None else valid, self.vocab, self.item_tfms, self.batch_tfms)
 

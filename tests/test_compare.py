@@ -54,6 +54,10 @@ wrong = [
     (dict(data='digits', lr_grid=-1), 'lr_grid must be at least 0, got -1'),
     (dict(data='digits', lr_grid=3, bs=1400), 'bs must be at most the number of training images, 1149, got 1400'),
     (dict(data='digits', tune_seeds=0), 'tune_seeds must be at least 1, got 0'),
+    (dict(data='digits', lr_grid=3, n_tune=1150), 'n_tune must be from 1 to four fifths of the training images, 1149, got 1150'),
+    (dict(data='digits', lr_grid=3, n_tune=32), 'bs must be at most the number of training images, 32, got 64'),
+    (dict(data='digits', n_tune=100), 'n_tune goes with lr_grid, got 100 without it'),
+    (dict(data='digits', best_sched=True), 'best_sched goes with lr_grid, got True without it'),
     (dict(data='digits', recipe='secret'), 'recipe must be one of plain, leaderboard, got secret'),
     (dict(data='digits', recipe='leaderboard', model='cnn'), "model must be one of fastai's for recipe leaderboard, got cnn"),
     (dict(data='digits', precision='fp8'), 'precision must be one of fp32, fp16, bf16, got fp8'),
@@ -178,6 +182,19 @@ def test_validation_images_choose_no_rate(tmp_path):
     assert len(best) == 3 and best.max() > .4 > .2 > df[df.epoch==8].accuracy.item()
     assert df.lr.unique().tolist() == [best.idxmax()]
 
+def test_a_short_search_for_rate_and_schedule(tmp_path):
+    kwargs = dict(data='digits', opts='sgd,adam', sched='one_cycle,flat_cos', epochs=2, seeds=2, lr_grid=2, n_tune=256, best_sched=True, out=tmp_path)
+    parts,whole = [check_args(**args(**kwargs | dict(n_tune=n, out=tmp_path/f'{n}')))['tuning'] for n in (256, None)]
+    assert len(parts.train) == 256 and len(whole.train) == 1149 and [y for _,y in parts.valid] == [y for _,y in whole.valid]
+    df = compare(**kwargs)
+    tune = pd.read_csv(tmp_path/'tune.csv')
+    assert len(runs_of(tmp_path/'tune.csv')) == 2*8 and len(runs_of(tmp_path/'results.csv')) == 2*4
+    assert summarize(df)['diff'].isna().sum() == 1 and df.optimizer.iloc[0] == 'sgd' # the first named
+    for name,mine in tune[tune.epoch==2].groupby('optimizer'):
+        best = mine.sort_values(['accuracy', 'valid_loss'], ascending=[False, True]).iloc[0]
+        assert df[df.optimizer==name][['sched', 'lr']].drop_duplicates().values.tolist() == [[best.sched, best.lr]]
+    with pytest.raises(ValueError, match='which has one with other n_tune'): compare(**kwargs | dict(n_tune=300))
+
 ## What is finished is not run again
 
 def runs_of(path): return pd.read_csv(path)[['optimizer', 'sched', 'lr', 'seed', 'epoch']].drop_duplicates()
@@ -219,6 +236,9 @@ def test_results_of_another_comparison(tmp_path, capsys):
     with pytest.raises(SystemExit): command_func('digits', opts='ranger', epochs=2, noise=.1, out=tmp_path)
     assert f'out must be a folder without the results of another comparison, got {tmp_path}, which has one with other epochs, noise' in capsys.readouterr().err
     assert {o: o.read_bytes() for o in tmp_path.iterdir()} == kept
+    settings = json.loads(kept[tmp_path/'settings.json'])
+    (tmp_path/'settings.json').write_text(json.dumps({k: v for k,v in settings.items() if k != 'n_tune'})) # from before there was such a setting
+    assert len(compare('digits', opts='ranger', epochs=1, seeds=1, out=tmp_path)) == 1
     (tmp_path/'settings.json').unlink()
     with pytest.raises(SystemExit): command_func('digits', opts='ranger', epochs=1, out=tmp_path)
 
