@@ -1,5 +1,5 @@
 "What is made from the notebooks agrees with them"
-import configparser, os, shutil, subprocess, sys
+import configparser, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,10 @@ def test_made_from_the_notebooks(copy):
     made = {str(p.relative_to(dest)) for p in dest.rglob('*') if p.is_file()} - {'.venv/installed'}
     assert made == set(files)
     assert not [f for f in files if (dest/f).read_bytes() != (root/f).read_bytes()]
+
+def test_what_the_readme_shows_is_here():
+    targets = re.findall(r'\]\(([^)]+)\)', (root/'README.md').read_text())
+    assert targets and not [o for o in targets if not o.startswith('http') and not (root/o).exists()]
 
 def test_no_field_in_both_files():
     project = tomllib.loads((root/'pyproject.toml').read_text())['project']
