@@ -111,7 +111,7 @@ def train_run(
     model = model(n_out=len(dls.vocab), c_in=dls.valid.one_batch()[0].shape[1])
     learn = Learner(dls, model, loss_func=loss_func(), opt_func=opt_func, metrics=accuracy, cbs=StepTimer())
     if precision != 'fp32': getattr(learn, f'to_{precision}')()
-    if channels_last: learn.to_channelslast(to_fp16=False)
+    if channels_last: learn.add_cb(ChannelsLast())
     with nullcontext() if sys.stdout.isatty() or in_notebook() else learn.no_bar(): scheds[sched](learn, epochs, lr)
     timer = learn.step_timer
     return [dict(epoch=i+1, train_loss=train, valid_loss=valid, accuracy=acc, seconds=s, opt_seconds=o)

@@ -143,6 +143,12 @@ def test_mixed_precision_without_a_gpu(tmp_path, capsys):
     with pytest.raises(SystemExit): command_func('digits', precision='bf16', out=tmp_path)
     assert 'precision must be fp32 where there is no GPU, got bf16' in capsys.readouterr().err
 
+def test_channels_last(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setitem(scheds, 'flat', lambda learn, n, lr: (learn.fit(n, lr), seen.append(learn.model[1][0].weight.is_contiguous(memory_format=torch.channels_last))))
+    for o in (True, False): compare('digits', opts='ranger', sched='flat', epochs=1, seeds=1, channels_last=o, out=tmp_path/str(o))
+    assert seen == [True, False]
+
 def test_the_leaderboard_recipe(tmp_path):
     made = check_args(**args(data='digits', size=16, bs=32, recipe='leaderboard', model='xresnet18', out=tmp_path))['run'].keywords
     model = made['model'](n_out=10, c_in=1)
