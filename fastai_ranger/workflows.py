@@ -34,6 +34,7 @@ from .compare import cnn,digits_dls
 from .optimizer import ranger
 
 # %% ../nbs/12_workflows.ipynb #2eb72adf
+_folder = tempfile.TemporaryDirectory() # of the learners' folders; removed when Python ends
 def halves(m): return [params(m[:2]), params(m[2:])]
 
 def digits_learner(
@@ -44,7 +45,7 @@ def digits_learner(
     set_seed(0, reproducible=True)
     dls = digits_dls()
     dls.train.n,dls.train.shuffle = 512,False
-    kwargs = dict(splitter=halves, path=tempfile.mkdtemp(), loss_func=CrossEntropyLossFlat()) | kwargs
+    kwargs = dict(splitter=halves, path=tempfile.mkdtemp(dir=_folder.name), loss_func=CrossEntropyLossFlat()) | kwargs
     return Learner(dls, cnn(c_in=1), opt_func=opt_func, **kwargs)
 
 def fit(learn, n=1, lr=8e-3, method=Learner.fit, **kwargs):
@@ -255,7 +256,7 @@ def gan_learner(opt_func, **kwargs):
     dls.train.shuffle = False
     generator = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.Sigmoid(), nn.Unflatten(1, (1, 8, 8)))
     critic = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.LeakyReLU(.2), nn.Linear(64, 1), nn.Flatten(0))
-    return GANLearner.wgan(dls, generator, critic, opt_func=opt_func, path=tempfile.mkdtemp(), **kwargs)
+    return GANLearner.wgan(dls, generator, critic, opt_func=opt_func, path=tempfile.mkdtemp(dir=_folder.name), **kwargs)
 
 @workflow("WGAN: the critic is trained", "move of the frozen generator", zero)
 def gan(opt_func): return fit(gan_learner(opt_func, cbs=GeneratorMoves()), 2, lr=1e-3).generator_moves.moves

@@ -30,6 +30,11 @@ def test_right(f, right): assert right(f(ranger))
 @each
 def test_stock(f, right): assert right(f(stock.ranger)) == (f in stock_is_right)
 
+def test_no_folder_is_left(tmp_path):
+    saves = 'from fastai_ranger.all import ranger; from fastai_ranger.workflows import *; load_weights(ranger); gan(ranger)'
+    subprocess.run([sys.executable, '-c', saves], env={**os.environ, 'TMPDIR': str(tmp_path)}, capture_output=True, check=True)
+    assert not list(tmp_path.iterdir())
+
 def state(learn): return [{k: torch.as_tensor(v).clone() for k,v in learn.opt.state[p].items()} for p in learn.model.parameters()]
 def same(a, b): return len(a)==len(b) and all(x.keys()==y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x,y in zip(a, b))
 
