@@ -381,21 +381,21 @@ def compare(
     except ValueError as e: raise ArgumentError(e) from None
     out,images,pairs = Path(out),todo['images'],list(itertools.product(todo['lrs'], todo['scheds']))
     results,tune = Results(out/'results.csv'),Results(out/'tune.csv')
-    lrs,tries,tried,walls = {(o,s): [todo['lrs'][o]] for o,s in pairs},[],None,[]
+    lrs,tries,tried,paces = {(o,s): [todo['lrs'][o]] for o,s in pairs},[],None,[]
     if lr_grid: tries = _runs(pairs, {(o,s): rates(lr, lr_grid) for (o,s),(lr,) in lrs.items()}, tune_seeds)
+    def work(images): return len(images.train)+len(images.valid)/3 # validation goes forward only
     def train(runs, images, to, later):
         missing = [o for o in runs if not to.has(o)]
         for i,run in enumerate(missing):
-            left = f", about {timedelta(seconds=round(np.mean(walls)*(len(missing)-i+later)))} left" if walls else ''
+            left = f", about {timedelta(seconds=round(np.mean(paces)*(work(images)*(len(missing)-i)+later)))} left" if paces else ''
             print(f"\n{run['optimizer']}, {run['sched']}, lr {run['lr']:g}, seed {run['seed']}: {to.file.stem} {len(runs)-len(missing)+i+1} of {len(runs)}{left}", flush=True)
             start = perf_counter()
             to.add(run, todo['run'](partial(images.dls, bs), opt_func=todo['opt_funcs'][run['optimizer']], lr=run['lr'], sched=run['sched'], seed=run['seed']))
-            walls.append(perf_counter()-start)
+            paces.append((perf_counter()-start)/work(images))
     runs = []
     try:
         if tries:
-            later = (len(todo['lrs']) if best_sched else len(pairs))*seeds
-            train(tries, todo['tuning'], tune, later*len(images.train)/len(todo['tuning'].train))
+            train(tries, todo['tuning'], tune, (len(todo['lrs']) if best_sched else len(pairs))*seeds*work(images))
             tried = tune.of(tries)
             lrs = {k: [lr] for k,lr in best_rates(tried).lr.items()}
             if best_sched: pairs = [o for o in pairs if o in best_scheds(tried).items()]

@@ -1,5 +1,6 @@
 "`ranger-compare`, as a user meets it"
 import inspect, json, signal, subprocess, sys, time, urllib.error
+from datetime import timedelta
 from pathlib import Path
 
 import matplotlib
@@ -227,6 +228,21 @@ def test_kill_and_go_on(tmp_path):
     out = subprocess.run([command, *again.split()[1:]], capture_output=True, text=True, check=True).stdout
     assert 'seed' not in out and {k: (tmp_path/k).stat().st_mtime_ns for k in before} == done
     assert (tmp_path/'report.md').read_text() == report
+
+def test_time_left(tmp_path, monkeypatch, capsys):
+    "With a clock that goes by the images seen, the time left is right to the second, over the search and the runs"
+    now = 0.
+    def run(get_dls, **kwargs):
+        nonlocal now
+        dls = get_dls()
+        now += 3*len(dls.train_ds) + len(dls.valid_ds)
+        return [dict(epoch=1, train_loss=1., valid_loss=1., accuracy=.5, seconds=1., opt_seconds=.1)]
+    monkeypatch.setattr('fastai_ranger.compare.train_run', run)
+    monkeypatch.setattr('fastai_ranger.compare.perf_counter', lambda: now)
+    compare('digits', opts='ranger,adam', epochs=1, seeds=2, lr_grid=2, n_tune=100, out=tmp_path)
+    left = [o.split('about ')[1].removesuffix(' left') for o in capsys.readouterr().out.splitlines() if 'about' in o]
+    walls = [3*100+288]*4 + [3*1437+360]*4
+    assert left == [str(timedelta(seconds=sum(walls[i:]))) for i in range(1, 8)]
 
 def test_more_seeds_and_optimizers(tmp_path):
     compare('digits', opts='ranger', epochs=1, seeds=1, out=tmp_path)
