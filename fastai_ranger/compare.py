@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['members', 'opt_funcs', 'usual_lrs', 'scheds', 'models', 'recipes', 'colors', 'parse_opt', 'cnn', 'StepTimer',
-           'train_run', 'Results', 'summarize', 'plot_curves', 'machine', 'rates', 'best_rates', 'best_scheds',
-           'parse_lrs', 'ArgumentError', 'check_args', 'compare', 'ranger_compare']
+           'CPUAutocast', 'Checkpoint', 'train_run', 'Results', 'summarize', 'plot_curves', 'machine', 'rates',
+           'best_rates', 'best_scheds', 'parse_lrs', 'ArgumentError', 'check_args', 'compare', 'ranger_compare']
 
 # %% ../nbs/10_compare.ipynb #419f2879
 import json,platform,sys
@@ -27,7 +27,7 @@ from scipy.stats import t as student,ttest_rel
 from .data import *
 from .family import *
 from .radam import RAdam
-import fastai_ranger.schedule # `Learner.fit_ranger21`
+import fastai_ranger.callback,fastai_ranger.schedule # a `start_epoch` for `fit_flat_cos`, `Learner.fit_ranger21`
 from .optimizer import ranger
 from .wrapper import lookahead
 
@@ -58,9 +58,9 @@ def parse_opt(
     return f
 
 # %% ../nbs/10_compare.ipynb #5455f528
-def _fit_warm(learn, n_epoch, lr):
+def _fit_warm(learn, n_epoch, lr, start_epoch=0):
     lrs = combine_scheds([.1, .65, .25], [SchedLin(lr/1000, lr), SchedNo(lr, lr), SchedCos(lr, 0)])
-    learn.fit(n_epoch, lr, cbs=ParamScheduler(dict(lr=lrs)))
+    learn.fit(n_epoch, lr, cbs=ParamScheduler(dict(lr=lrs)), start_epoch=start_epoch)
 
 scheds = dict(flat_cos=Learner.fit_flat_cos, one_cycle=Learner.fit_one_cycle, ranger21=Learner.fit_ranger21, warm_flat_cos=_fit_warm, flat=Learner.fit)
 
@@ -92,6 +92,47 @@ class StepTimer(Callback):
         self.seconds.append(_now()-self.start)
         self.opt_seconds.append(self.in_opt)
 
+# %% ../nbs/10_compare.ipynb #ed62dfc3
+class CPUAutocast(Callback):
+    "bfloat16 on a CPU: PyTorch's autocast around the forward pass"
+    order = MixedPrecision.order
+    def before_fit(self): self.model.forward = torch.autocast('cpu', torch.bfloat16)(self.model.forward)
+    def after_pred(self): self.learn.pred = to_float(self.pred)
+    def after_fit(self): del self.model.forward
+
+# %% ../nbs/10_compare.ipynb #cb330c0d
+class Checkpoint(Callback):
+    "The rows of a run; with `file`, kept there after each epoch with all it takes to go on"
+    order = Recorder.order+1
+    def __init__(self,
+        file=None # What is there already is continued
+    ):
+        self.file,self.rows,self.saved = file and Path(file),[],None
+        if not file or not self.file.exists(): return
+        try: self.saved = torch.load(self.file, weights_only=False) # fastai's hypers, Python's and NumPy's random states
+        except Exception as e: raise ArgumentError(f"cannot read {self.file} ({e}): remove it to begin that run anew") from None
+        self.rows = self.saved['rows']
+
+    def before_fit(self):
+        if not self.saved: return
+        self.model.load_state_dict(self.saved['model'])
+        self.opt.load_state_dict(self.saved['opt'])
+        vars(self.recorder.smooth_loss).update(self.saved['smooth_loss'])
+        self.dls.n_inp # fastai transforms an item, at random, to find out; now, rather than in the first batch
+        for dl,o in zip(self.dls.loaders, self.saved['order']): dl.rng.setstate(o)
+        set_random_states(**self.saved['random'])
+
+    def after_epoch(self):
+        if self.epoch < len(self.rows): return # it was skipped
+        timer = self.learn.step_timer
+        values = dict(zip(('train_loss', 'valid_loss', 'accuracy'), self.recorder.values[-1]))
+        self.rows.append(dict(epoch=self.epoch+1, **values, seconds=timer.seconds[-1], opt_seconds=timer.opt_seconds[-1]))
+        if not self.file: return
+        part = self.file.with_suffix('.part')
+        torch.save(dict(rows=self.rows, model=self.model.state_dict(), opt=self.opt.state_dict(), smooth_loss=vars(self.recorder.smooth_loss),
+                        order=[dl.rng.getstate() for dl in self.dls.loaders], random=get_random_states()), part)
+        part.replace(self.file)
+
 # %% ../nbs/10_compare.ipynb #123148b1
 def train_run(
     get_dls, # Function without arguments that makes the `DataLoaders`
@@ -102,20 +143,21 @@ def train_run(
     sched='flat_cos', # A key of `scheds`
     seed:int=0, # Seed of weights and batches
     loss_func=CrossEntropyLossFlat, # Function without arguments that makes the loss
-    precision='fp32', # `fp32`, `fp16` or `bf16`
-    channels_last=False # Channels-last memory format?
+    precision='fp32', # `fp32`, `bf16`, or `fp16` on a GPU
+    channels_last=False, # Channels-last memory format?
+    file=None # For `Checkpoint`
 )->list: # A dict for each epoch
     "Train one model"
     set_seed(seed, reproducible=True)
     dls = get_dls()
     model = model(n_out=len(dls.vocab), c_in=dls.valid.one_batch()[0].shape[1])
-    learn = Learner(dls, model, loss_func=loss_func(), opt_func=opt_func, metrics=accuracy, cbs=StepTimer())
-    if precision != 'fp32': getattr(learn, f'to_{precision}')()
+    learn = Learner(dls, model, loss_func=loss_func(), opt_func=opt_func, metrics=accuracy, cbs=[StepTimer(), Checkpoint(file)])
+    if precision=='bf16' and not torch.cuda.is_available(): learn.add_cb(CPUAutocast())
+    elif precision != 'fp32': getattr(learn, f'to_{precision}')()
     if channels_last: learn.add_cb(ChannelsLast())
-    with nullcontext() if sys.stdout.isatty() or in_notebook() else learn.no_bar(): scheds[sched](learn, epochs, lr)
-    timer = learn.step_timer
-    return [dict(epoch=i+1, train_loss=train, valid_loss=valid, accuracy=acc, seconds=s, opt_seconds=o)
-            for i,((train,valid,acc),s,o) in enumerate(zip(learn.recorder.values, timer.seconds, timer.opt_seconds))]
+    with nullcontext() if sys.stdout.isatty() or in_notebook() else learn.no_bar():
+        scheds[sched](learn, epochs, lr, start_epoch=len(learn.checkpoint.rows))
+    return learn.checkpoint.rows
 
 # %% ../nbs/10_compare.ipynb #80a7e26c
 _key = ['optimizer', 'sched', 'lr', 'seed']
@@ -139,6 +181,10 @@ class Results:
         part = self.file.with_suffix('.part')
         self.df.to_csv(part, index=False)
         part.replace(self.file)
+
+    def checkpoint(self, run):
+        "The file in which `run` is kept until it is finished"
+        return self.file.with_name(f"{self.file.stem}-{'-'.join(map(str, run.values()))}.pth")
 
     def of(self, runs):
         "The rows of `runs`, in their order"
@@ -243,8 +289,7 @@ def _markdown(df):
 
 def _report(title, command, settings, images, df, tried):
     now = machine()
-    parts = [f'# {title}', f'    {command}', f"{len(images.train)} images to train on, {len(images.valid)} to validate on, {len(images.vocab)} classes. "
-        f"{now.pop('device')}, {now.pop('threads')} threads, {', '.join(f'{k} {v}' for k,v in now.items())}.", '![](curves.png)', _markdown(summarize(df)),
+    parts = [f'# {title}', f'    {command}', f"{images}. {now.pop('device')}, {now.pop('threads')} threads, {', '.join(f'{k} {v}' for k,v in now.items())}.", '![](curves.png)', _markdown(summarize(df)),
         f"`diff` is the mean difference to {_labels(df).iloc[0]} in accuracy, seed by seed, `ci95` half its 95% interval, `p` from a paired t-test."]
     if tried is not None:
         tuned = best_rates(tried)
@@ -308,7 +353,7 @@ def _names(arg, value):
     if len(set(names)) < len(names): raise ValueError(f"{arg} has one more than once: {value}")
     return names
 
-def check_args(data, opts, epochs, lr, sched, seeds, bs, size, model, recipe, path, n_train, noise, lr_grid, tune_seeds, n_tune, best_sched, precision, channels_last, out):
+def check_args(data, opts, epochs, lr, sched, seeds, bs, size, model, recipe, path, split, n_train, noise, lr_grid, tune_seeds, n_tune, best_sched, precision, channels_last, out):
     "What `compare` needs, as a dict; `ValueError` if the arguments cannot work"
     def one_of(name, value, allowed):
         if value not in allowed: raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
@@ -324,21 +369,21 @@ def check_args(data, opts, epochs, lr, sched, seeds, bs, size, model, recipe, pa
         if value is not None and not lr_grid: raise ValueError(f"{name} goes with lr_grid, got {value} without it")
     one_of('recipe', recipe, recipes)
     one_of('precision', precision, ('fp32', 'fp16', 'bf16'))
-    if precision != 'fp32' and not torch.cuda.is_available(): raise ValueError(f"precision must be fp32 where there is no GPU, got {precision}")
+    if precision == 'fp16' and not torch.cuda.is_available(): raise ValueError("precision must be fp32 or bf16 where there is no GPU, got fp16")
     model_kwargs = dict(recipes[recipe])
     loss_func,usual = model_kwargs.pop('loss_func'),model_kwargs.pop('model')
     model = model or (usual if model_kwargs or data not in ('digits', 'fashion_mnist', 'cifar10') else 'cnn')
     one_of('model', model, models)
     if model_kwargs and model=='cnn': raise ValueError(f"model must be one of fastai's for recipe {recipe}, got cnn")
     lrs = parse_lrs(lr, names)
-    images = get_images(data, path, size)
+    images = get_images(data, path, size, split)
     if n_train is not None: images = images.take(n_train)
     images = images.noisy(noise)
     tuning = images.split(n_tune) if lr_grid else None
     n = len((tuning or images).train)
     if n < bs: raise ValueError(f"bs must be at most the number of training images, {n}, got {bs}")
     settings = dict(data=Path(data).name, n_train=len(images.train), n_valid=len(images.valid), epochs=epochs, bs=bs, size=size, model=model, recipe=recipe, noise=noise,
-                    precision=precision, channels_last=channels_last, n_tune=n_tune)
+                    precision=precision, channels_last=channels_last, n_tune=n_tune, split=split)
     out = Path(out)
     old = json.loads((out/'settings.json').read_text()) if (out/'settings.json').exists() else settings if not (out/'results.csv').exists() else {}
     changed = ', '.join(k for k in settings if settings[k] != old.get(k))
@@ -354,7 +399,7 @@ def _runs(pairs, lrs, seeds): return [dict(optimizer=o, sched=s, lr=lr, seed=see
 
 # %% ../nbs/10_compare.ipynb #c3f23a33
 def compare(
-    data:str, # `digits`, `fashion_mnist`, `cifar10`, `imagenette`, `imagewoof`, or a folder with `train/` and one of `valid/`, `val/` and `test/`
+    data:str, # `digits`, `fashion_mnist`, `cifar10`, `imagenette`, `imagewoof`, or a folder with `train/` and one of `valid/`, `val/`, `validation/` and `test/`
     opts:str='ranger,stock,radam,adam,sgd', # Names of optimizers, with commas between them; hypers after a name, as in `ranger:k=3:alpha=.8`
     epochs:int=5, # Number of epochs
     lr:str=None, # One learning rate for all, or `name=rate` pairs with commas between them; `None` for the usual ones
@@ -365,13 +410,14 @@ def compare(
     model:str=None, # A key of `models`; `None` for what the recipe has, or `cnn` for small images
     recipe:str='plain', # `plain` or `leaderboard`
     path:str=None, # Folder of a named data set; `None` to download it
+    split:str=None, # `v1` for the split of `imagenette` and `imagewoof` until December 2019; `None` for the folders there are
     n_train:int=None, # Number of training images; `None` for all
     noise:float=0., # Share of the training images that get a wrong label, in [0, 1]
     lr_grid:int=0, # Number of learning rates to try for each optimizer and schedule, on a split of the training images
     tune_seeds:int=1, # Number of runs with each of these rates
     n_tune:int=None, # Number of images to train on in that search; `None` for four fifths of the training images
     best_sched:store_true=False, # After that search, only the schedule that did best in it, for each optimizer?
-    precision:str='fp32', # `fp32`, or `fp16` or `bf16` for mixed precision on a GPU
+    precision:str='fp32', # `fp32`, `bf16` for mixed precision, or `fp16` for that on a GPU
     channels_last:store_true=False, # Channels-last memory format?
     out:str='ranger-compare' # Folder for `results.csv`, `tune.csv`, `curves.png` and `report.md`
 )->pd.DataFrame: # A row for each optimizer, schedule, seed and epoch
@@ -380,6 +426,7 @@ def compare(
     try: todo = check_args(**args)
     except ValueError as e: raise ArgumentError(e) from None
     out,images,pairs = Path(out),todo['images'],list(itertools.product(todo['lrs'], todo['scheds']))
+    print(f"{todo['settings']['data']}: {images}")
     results,tune = Results(out/'results.csv'),Results(out/'tune.csv')
     lrs,tries,tried,paces = {(o,s): [todo['lrs'][o]] for o,s in pairs},[],None,[]
     if lr_grid: tries = _runs(pairs, {(o,s): rates(lr, lr_grid) for (o,s),(lr,) in lrs.items()}, tune_seeds)
@@ -388,10 +435,14 @@ def compare(
         missing = [o for o in runs if not to.has(o)]
         for i,run in enumerate(missing):
             left = f", about {timedelta(seconds=round(np.mean(paces)*(work(images)*(len(missing)-i)+later)))} left" if paces else ''
-            print(f"\n{run['optimizer']}, {run['sched']}, lr {run['lr']:g}, seed {run['seed']}: {to.file.stem} {len(runs)-len(missing)+i+1} of {len(runs)}{left}", flush=True)
+            file = to.checkpoint(run)
+            again = ', goes on where it stopped' if file.exists() else ''
+            print(f"\n{run['optimizer']}, {run['sched']}, lr {run['lr']:g}, seed {run['seed']}: {to.file.stem} {len(runs)-len(missing)+i+1} of {len(runs)}{again}{left}", flush=True)
             start = perf_counter()
-            to.add(run, todo['run'](partial(images.dls, bs), opt_func=todo['opt_funcs'][run['optimizer']], lr=run['lr'], sched=run['sched'], seed=run['seed']))
-            paces.append((perf_counter()-start)/work(images))
+            rows = todo['run'](partial(images.dls, bs), opt_func=todo['opt_funcs'][run['optimizer']], lr=run['lr'], sched=run['sched'], seed=run['seed'], file=file)
+            to.add(run, rows)
+            file.unlink(missing_ok=True)
+            if not again: paces.append((perf_counter()-start)/work(images))
     runs = []
     try:
         if tries:
@@ -406,7 +457,9 @@ def compare(
         if not df.empty:
             print('\n' + summarize(df).to_string(float_format='{:.4f}'.format, na_rep='-', formatters=dict(lr='{:g}'.format, optimizer_share='{:.1%}'.format)))
             title = f"{todo['settings']['data']}: {todo['settings']['model']}, {epochs} epochs, {df.seed.nunique()} seeds, batch size {bs}"
-            plot_curves(df, title).savefig(out/'curves.png', dpi=100)
+            fig = plot_curves(df, title)
+            fig.savefig(out/'curves.png', dpi=100)
+            if not in_notebook(): plt.close(fig) # a notebook shows it first
             defaults = {k: o.default for k,o in signature(compare).parameters.items()}
             command = ' '.join(['ranger-compare', data, *[f'--{k.replace("_", "-")}' + ('' if v is True else f' {v}') for k,v in args.items() if k != 'data' and v != defaults[k]]])
             (out/'report.md').write_text(_report(title, command, todo['settings'], images, df, tried))

@@ -6,7 +6,8 @@
 __all__ = ['datasets', 'Images', 'digits', 'digits_dls', 'fashion_mnist', 'folder', 'cifar10', 'get_images']
 
 # %% ../nbs/09_data.ipynb #d557b33d
-import numpy as np
+import numpy as np,warnings
+from fnmatch import fnmatch
 from fastai.vision.all import *
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -28,9 +29,13 @@ class Images:
         valid:list, # Pairs to validate on
         vocab:list, # Names of the classes
         item_tfms=(), # fastai's transforms of an image
-        batch_tfms=() # fastai's transforms of a batch
+        batch_tfms=(), # fastai's transforms of a batch
+        held_out='' # In words, which images are validated on
     ):
         store_attr()
+
+    def __repr__(self):
+        return f"{len(self.train)} images to train on, {len(self.valid)} to validate on ({self.held_out}), {len(self.vocab)} classes"
 
     def take(self, n):
         "These, with `n` of the training images, the same in each call"
@@ -50,9 +55,9 @@ class Images:
         items = _shuffled(self.train)
         most = len(items)*4//5
         if n is not None and not 0 < n <= most: raise ValueError(f"n_tune must be from 1 to four fifths of the training images, {most}, got {n}")
-        return self._with(items[:most if n is None else n], items[most:])
+        return Images(items[:most if n is None else n], items[most:], self.vocab, self.item_tfms, self.batch_tfms, 'a fifth of the training images')
 
-    def _with(self, train, valid=None): return Images(train, self.valid if valid is None else valid, self.vocab, self.item_tfms, self.batch_tfms)
+    def _with(self, train): return Images(train, self.valid, self.vocab, self.item_tfms, self.batch_tfms, self.held_out)
 
     def dls(self,
         bs:int=64 # Batch size
@@ -78,7 +83,7 @@ def digits(
     x,y = load_digits(return_X_y=True)
     items = _scans(x.reshape(-1, 8, 8)/16, y, size)
     n = len(items)*4//5
-    return Images(items[:n], items[n:], list(range(10)))
+    return Images(items[:n], items[n:], list(range(10)), held_out='the last fifth')
 
 def digits_dls(
     bs:int=64, # Batch size
@@ -94,7 +99,7 @@ def fashion_mnist(
 )->Images:
     "Photos of clothing"
     sets = [FashionMNIST(path or fastai_path('data'), train=o, download=path is None) for o in (True, False)]
-    return Images(*[_scans(o.data/255, o.targets, size) for o in sets], sets[0].classes)
+    return Images(*[_scans(o.data/255, o.targets, size) for o in sets], sets[0].classes, held_out='its test set')
 
 # %% ../nbs/09_data.ipynb #0083dd75
 def _decode(f, size):
@@ -110,25 +115,33 @@ def _decode(f, size):
 _imagenet = Normalize.from_stats(*imagenet_stats)
 
 def folder(
-    path, # Folder with `train/` and one of `valid/`, `val/` and `test/`; in each, a folder for each class
-    size:int=64 # Side of an image in pixels
+    path, # Folder with `train/` and the folder to validate on; in each, a folder for each class
+    size:int=64, # Side of an image in pixels
+    valid:str=None, # Name of the folder to validate on; `None` for the first there is of `valid`, `val`, `validation` and `test`
+    pattern:str=None # Validate on the images with such a file name, from both folders, and train on all others
 )->Images:
     "The images under `path`"
     path = Path(path)
     if not path.is_dir(): raise ValueError(f"no such folder: {path}")
-    valid = first(o for o in ('valid', 'val', 'test') if (path/o).is_dir())
-    if not valid or not (path/'train').is_dir():
-        raise ValueError(f"{path} must have a folder train/ and one of valid/, val/ and test/")
-    files = {o: sorted(get_image_files(path/o)) for o in ('train', valid)}
-    for split,fs in files.items():
-        if not fs: raise ValueError(f"no images in {path/split}")
+    name = first(o for o in ([valid] if valid else ('valid', 'val', 'validation', 'test')) if (path/o).is_dir())
+    if not name or not (path/'train').is_dir():
+        raise ValueError(f"{path} must have a folder train/ and {f'a folder {valid}/' if valid else 'one of valid/, val/, validation/ and test/'}")
+    if name=='test' and not valid: warnings.warn(f"{path} has only test/ to validate on: what is chosen by these accuracies is chosen on the test set")
+    files = {o: sorted(get_image_files(path/o)) for o in ('train', name)}
+    for part,fs in files.items():
+        if not fs: raise ValueError(f"no images in {path/part}")
         for f in fs:
-            if f.parent.parent != path/split: raise ValueError(f"{f} is not in a folder of {path/split} that names its class")
+            if f.parent.parent != path/part: raise ValueError(f"{f} is not in a folder of {path/part} that names its class")
     vocab = sorted({f.parent.name for f in files['train']})
-    unknown = {f.parent.name for f in files[valid]} - set(vocab)
-    if unknown: raise ValueError(f"{path/valid} has classes that {path/'train'} has not: {', '.join(sorted(unknown))}")
-    parts = [list(zip(parallel(_decode, fs, size=size, threadpool=True, n_workers=num_cpus(), progress=False), [vocab.index(f.parent.name) for f in fs])) for fs in files.values()]
-    return Images(*parts, vocab, [RandomResizedCrop(size, min_scale=.35), FlipItem(.5)], [IntToFloatTensor, _imagenet])
+    unknown = {f.parent.name for f in files[name]} - set(vocab)
+    if unknown: raise ValueError(f"{path/name} has classes that {path/'train'} has not: {', '.join(sorted(unknown))}")
+    parts,held_out = files.values(),f'folder {name}/'
+    if pattern:
+        both = sorted(sum(parts, []), key=lambda f: (f.parent.name, f.name))
+        parts,held_out = [[f for f in both if fnmatch(f.name, pattern) is o] for o in (False, True)],f'those named {pattern}'
+        if not all(parts): raise ValueError(f"{'none' if parts[0] else 'all'} of the images in {path} are named {pattern}")
+    parts = [list(zip(parallel(_decode, fs, size=size, threadpool=True, n_workers=num_cpus(), progress=False), [vocab.index(f.parent.name) for f in fs])) for fs in parts]
+    return Images(*parts, vocab, [RandomResizedCrop(size, min_scale=.35), FlipItem(.5)], [IntToFloatTensor, _imagenet], held_out)
 
 # %% ../nbs/09_data.ipynb #c5ca73aa
 def _shifts(x):
@@ -140,15 +153,16 @@ def _shifts(x):
 def cifar10(path=None, size:int=None)->Images:
     "Small color images, from `path` or downloaded"
     size = size or 32
-    ims = folder(path or untar_data(URLs.CIFAR), size)
+    ims = folder(path or untar_data(URLs.CIFAR), size, 'test')
     parts = [[(TensorImage(image2tensor(im.resize((size, size)))), y) for im,y in part] for part in (ims.train, ims.valid)]
     move = AffineCoordTfm([_shifts, partial(flip_mat, p=.5)], mode='nearest', pad_mode=PadMode.Zeros)
-    return Images(*parts, ims.vocab, (), [IntToFloatTensor, move, _imagenet])
+    return Images(*parts, ims.vocab, (), [IntToFloatTensor, move, _imagenet], ims.held_out)
 
 def _imagenet_part(name):
-    def get(path=None, size:int=None)->Images:
+    def get(path=None, size:int=None, split:str=None)->Images:
         size = size or 64
-        return folder(path or untar_data(getattr(URLs, name if size > 256 else f'{name}_320' if size > 128 else f'{name}_160')), size)
+        path = path or untar_data(getattr(URLs, name if size > 256 else f'{name}_320' if size > 128 else f'{name}_160'))
+        return folder(path, size, pattern='ILSVRC2012_val_*' if split else None)
     return get
 
 datasets = dict(fashion_mnist=fashion_mnist, cifar10=cifar10, imagenette=_imagenet_part('IMAGENETTE'), imagewoof=_imagenet_part('IMAGEWOOF'))
@@ -156,12 +170,15 @@ datasets = dict(fashion_mnist=fashion_mnist, cifar10=cifar10, imagenette=_imagen
 def get_images(
     data:str, # `digits`, a key of `datasets`, or a folder
     path:str=None, # Where a data set is; `None` to download it
-    size:int=None # Side of an image in pixels; `None` for what is usual
+    size:int=None, # Side of an image in pixels; `None` for what is usual
+    split:str=None # `v1` for the split of `imagenette` and `imagewoof` until December 2019; `None` for the folders there are
 )->Images:
     "The images of `data`; `ValueError` if they cannot be had"
+    if split not in (None, 'v1'): raise ValueError(f"split must be v1, got {split}")
+    if split and data not in ('imagenette', 'imagewoof'): raise ValueError(f"split goes with imagenette or imagewoof, got {split} with {data}")
     if path and data not in datasets: raise ValueError(f"path goes with one of {', '.join(datasets)}, got {path} with {data}")
     if data=='digits': return digits(size)
     if data not in datasets: return folder(data, size or 64)
-    try: return datasets[data](path, size)
+    try: return datasets[data](path, size, **(dict(split=split) if split else {}))
     except (OSError, RuntimeError) as e:
         raise ValueError(f"no {data} in {path}: {e}" if path else f"cannot download {data} ({e}): give the folder it is in with path") from None

@@ -1,10 +1,11 @@
 "`ranger-compare`, as a user meets it"
-import inspect, json, signal, subprocess, sys, time, urllib.error
+import inspect, json, os, random, signal, subprocess, sys, time, urllib.error, warnings
 from datetime import timedelta
 from pathlib import Path
 
 import matplotlib
 matplotlib.use('agg')
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +14,7 @@ from fastai.layers import Mish, SelfAttention, SimpleSelfAttention
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai_ranger import data
-from fastai_ranger.compare import check_args, cnn, compare, digits_dls, models, ranger_compare, scheds, summarize
+from fastai_ranger.compare import check_args, cnn, compare, digits_dls, models, opt_funcs, ranger_compare, scheds, summarize, train_run
 from PIL import Image
 from scipy.stats import ttest_rel
 from sklearn.datasets import load_digits
@@ -62,6 +63,8 @@ wrong = [
     (dict(data='digits', recipe='secret'), 'recipe must be one of plain, leaderboard, got secret'),
     (dict(data='digits', recipe='leaderboard', model='cnn'), "model must be one of fastai's for recipe leaderboard, got cnn"),
     (dict(data='digits', precision='fp8'), 'precision must be one of fp32, fp16, bf16, got fp8'),
+    (dict(data='digits', split='v1'), 'split goes with imagenette or imagewoof, got v1 with digits'),
+    (dict(data='imagenette', split='v3'), 'split must be v1, got v3'),
     (dict(data='digits', noise=2.), 'noise must be a number in [0, 1], got 2.0'),
     (dict(data='digits', n_train=0), 'n_train must be from 1 to the number of training images, 1437, got 0'),
     (dict(data='digits', path='here'), 'path goes with one of fashion_mnist, cifar10, imagenette, imagewoof, got here with digits'),
@@ -85,7 +88,7 @@ def test_folder_without_splits(tmp_path, capsys):
         write_images(tmp_path/'_'.join(('x', *splits)), splits, n=1)
         (tmp_path/'_'.join(('x', *splits))).mkdir(exist_ok=True)
         with pytest.raises(SystemExit): command_func(str(tmp_path/'_'.join(('x', *splits))))
-        assert 'must have a folder train/ and one of valid/, val/ and test/' in capsys.readouterr().err
+        assert 'must have a folder train/ and one of valid/, val/, validation/ and test/' in capsys.readouterr().err
 
 def test_folder_without_images(tmp_path, capsys):
     for o in ('train', 'val'): (tmp_path/o).mkdir()
@@ -110,14 +113,21 @@ def test_out_that_is_a_file(tmp_path, capsys):
     with pytest.raises(SystemExit): command_func('digits', out=str(tmp_path/'out'))
     assert 'cannot make the folder' in capsys.readouterr().err
 
-@pytest.mark.parametrize('valid', ['valid', 'val', 'test'])
-def test_a_folder_of_images(valid, tmp_path):
-    path = write_images(tmp_path/'data', ('train', valid))
-    df = compare(str(path), opts='ranger,sgd', epochs=1, seeds=2, bs=8, size=16, model='cnn', lr='ranger=.01', sched='one_cycle', out=str(tmp_path/'out'))
+@pytest.mark.parametrize('there,valid', [(['valid', 'val', 'test'], 'valid'), (['test', 'val'], 'val'), (['test', 'validation'], 'validation'), (['test'], 'test')])
+def test_a_folder_of_images(there, valid, tmp_path, capsys):
+    "Screen and report say what is validated on; the test images only where there is nothing else, with a warning"
+    path = write_images(tmp_path/'data', ('train', *there))
+    for o in set(there)-{valid}: next((path/o).rglob('*.png')).unlink() # so that the others have fewer images
+    with pytest.warns(UserWarning, match='has only test/ to validate on') if valid == 'test' else warnings.catch_warnings():
+        if valid != 'test': warnings.simplefilter('error')
+        df = compare(str(path), opts='ranger,sgd', epochs=1, seeds=2, bs=8, size=16, model='cnn', lr='ranger=.01', sched='one_cycle', out=str(tmp_path/'out'))
+    says = f'40 images to train on, 40 to validate on (folder {valid}/), 10 classes'
+    assert f'data: {says}' in capsys.readouterr().out and says in (tmp_path/'out/report.md').read_text()
     assert df.groupby(['optimizer', 'seed']).size().to_dict() == {(o, s): 1 for o in ('ranger', 'sgd') for s in (0, 1)}
     assert dict(zip(df.optimizer, df.lr)) == dict(ranger=.01, sgd=.1)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path/'out/results.csv'), df)
     assert Image.open(tmp_path/'out/curves.png').size[0] > 1000
+    assert not plt.get_fignums()
 
 def test_a_seed_is_the_same_start_for_all(tmp_path):
     "With rates too small to move anything, the curves are one"
@@ -140,13 +150,40 @@ def test_no_network(monkeypatch, capsys):
         assert f'cannot download {name} (<urlopen error no route to host>): give the folder it is in with path' in capsys.readouterr().err
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-def test_mixed_precision_without_a_gpu(tmp_path, capsys):
-    with pytest.raises(SystemExit): command_func('digits', precision='bf16', out=tmp_path)
-    assert 'precision must be fp32 where there is no GPU, got bf16' in capsys.readouterr().err
+def test_float16_without_a_gpu(tmp_path, capsys):
+    with pytest.raises(SystemExit): command_func('digits', precision='fp16', out=tmp_path)
+    assert 'precision must be fp32 or bf16 where there is no GPU, got fp16' in capsys.readouterr().err
+
+def test_bfloat16(tmp_path, monkeypatch):
+    "Other losses than in float32, by what bfloat16 rounds away; weights and state in float32"
+    seen = set()
+    def fit(learn, *args, **kwargs):
+        learn.fit(*args, **kwargs)
+        seen.update(o.dtype for o in [*learn.model.parameters(), *(v for s in learn.opt.state.values() for v in s.values() if isinstance(v, torch.Tensor))])
+    monkeypatch.setitem(scheds, 'flat', fit)
+    half,full = [compare('digits', opts='ranger', sched='flat', epochs=2, seeds=1, precision=o, out=tmp_path/o) for o in ('bf16', 'fp32')]
+    assert seen == {torch.float32} and (half.train_loss != full.train_loss).all() and half.train_loss.values == pytest.approx(full.train_loss.values, rel=.05)
+
+def test_the_split_of_2019(tmp_path, capsys):
+    "Images named as in ImageNet's validation set, from both folders"
+    path = write_images(tmp_path/'data', ('train', 'val'))
+    moved = 0
+    for part in ('train', 'val'):
+        for i,f in enumerate(sorted((path/part).rglob('*.png'))):
+            if i%4 == 0:
+                f.rename(f.with_name(f'ILSVRC2012_val_{i:08}.png'))
+                moved += 1
+    kwargs = dict(path=path, opts='sgd', epochs=1, seeds=1, bs=8, size=16, model='xresnet18')
+    for split,says in ((None, '40 images to train on, 40 to validate on (folder val/)'), ('v1', '60 images to train on, 20 to validate on (those named ILSVRC2012_val_*)')):
+        compare('imagewoof', split=split, out=tmp_path/str(split), **kwargs)
+        assert moved == 20 and says in capsys.readouterr().out and says in (tmp_path/str(split)/'report.md').read_text()
+    with pytest.raises(ValueError, match='has one with other .*split'): compare('imagewoof', split=None, out=tmp_path/'v1', **kwargs)
+    held_out = data.get_images('imagewoof', path, 16, 'v1').valid
+    assert sorted(y for _,y in held_out) == sorted(int(f.parent.name) for f in path.rglob('ILSVRC*'))
 
 def test_channels_last(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setitem(scheds, 'flat', lambda learn, n, lr: (learn.fit(n, lr), seen.append(learn.model[1][0].weight.is_contiguous(memory_format=torch.channels_last))))
+    monkeypatch.setitem(scheds, 'flat', lambda learn, n, lr, start_epoch: (learn.fit(n, lr), seen.append(learn.model[1][0].weight.is_contiguous(memory_format=torch.channels_last))))
     for o in (True, False): compare('digits', opts='ranger', sched='flat', epochs=1, seeds=1, channels_last=o, out=tmp_path/str(o))
     assert seen == [True, False]
 
@@ -228,6 +265,73 @@ def test_kill_and_go_on(tmp_path):
     out = subprocess.run([command, *again.split()[1:]], capture_output=True, text=True, check=True).stdout
     assert 'seed' not in out and {k: (tmp_path/k).stat().st_mtime_ns for k in before} == done
     assert (tmp_path/'report.md').read_text() == report
+
+class Killed(Exception): pass
+
+@pytest.mark.parametrize('sched', scheds)
+@pytest.mark.parametrize('opt', ['ranger', 'ranger21', 'sgd', 'lookahead_adam', 'stock'])
+def test_a_run_goes_on_after_any_epoch(opt, sched, tmp_path, monkeypatch):
+    "Stopped in the second and in the last epoch: the rows of the uninterrupted run, to the bit"
+    kwargs = dict(get_dls=lambda: data.folder(path, 16).dls(16), model=cnn, opt_func=opt_funcs[opt], lr=1e-2, epochs=4, sched=sched)
+    path = write_images(tmp_path/'data', ('train', 'valid'), n=60) # with random crops
+    numbers = lambda rows: [{k: v for k,v in o.items() if 'seconds' not in k} for o in rows]
+    whole = train_run(**kwargs)
+    file,updates = tmp_path/'run.pth',0
+    def count(self):
+        nonlocal updates
+        updates += 1
+        if updates in (6, 12): raise Killed
+        return step(self)
+    step = Learner._step
+    monkeypatch.setattr(Learner, '_step', count)
+    for _ in range(2):
+        with pytest.raises(Killed): train_run(**kwargs, file=file)
+    rows = train_run(**kwargs, file=file)
+    assert numbers(rows) == numbers(whole) and updates == 18
+    assert numbers(train_run(**kwargs, file=file)) == numbers(whole) and updates == 18 # nothing is left to do
+
+def test_seconds_of_a_stopped_run(tmp_path, monkeypatch):
+    "are those of its whole epochs, with nothing of the time between"
+    monkeypatch.setattr('fastai_ranger.compare._now', lambda: now)
+    now,fail = 0.,3
+    def step(self):
+        nonlocal now
+        now += 1
+        if now == fail: raise Killed
+        return real(self)
+    real = Learner._step
+    monkeypatch.setattr(Learner, '_step', step)
+    kwargs = dict(get_dls=lambda: data.digits().take(128).dls(64), model=cnn, opt_func=opt_funcs['ranger'], lr=1e-2, epochs=3, file=tmp_path/'run.pth')
+    with pytest.raises(Killed): train_run(**kwargs)
+    now,fail = 1e6,None
+    assert [o['seconds'] for o in train_run(**kwargs)] == [2, 2, 2]
+
+def test_killed_at_random_moments(tmp_path):
+    "With kill -9; the file of the run is gone in the end"
+    one = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    args = [command, 'digits', '--epochs', '8', '--seeds', '1', '--opts', 'ranger', '--precision', 'bf16', '--out']
+    columns = ['optimizer', 'epoch', 'train_loss', 'valid_loss', 'accuracy']
+    subprocess.run([*args, tmp_path/'whole'], env=one, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    file = tmp_path/'stopped/results-ranger-flat_cos-0.008-0.pth'
+    rng,out = random.Random(),''
+    for i in range(5):
+        p = subprocess.Popen([*args, tmp_path/'stopped'], env=one, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        before = file.stat().st_mtime_ns if file.exists() else 0
+        while p.poll() is None and (not file.exists() or file.stat().st_mtime_ns == before): time.sleep(.002) # one more epoch
+        time.sleep(rng.random()*.3)
+        p.kill()
+        out += p.communicate()[0]
+        assert p.returncode == -signal.SIGKILL and not (tmp_path/'stopped/results.csv').exists()
+    out += subprocess.run([*args, tmp_path/'stopped'], env=one, check=True, capture_output=True, text=True).stdout
+    whole,stopped = [pd.read_csv(tmp_path/o/'results.csv') for o in ('whole', 'stopped')]
+    pd.testing.assert_frame_equal(stopped[columns], whole[columns], check_exact=True)
+    assert out.count('goes on where it stopped') == 5 and not [o for o in (tmp_path/'stopped').iterdir() if o.suffix in ('.pth', '.part')]
+
+def test_a_checkpoint_that_cannot_be_read(tmp_path, capsys):
+    file = tmp_path/'results-ranger-flat_cos-0.008-0.pth'
+    file.write_bytes(b'no checkpoint')
+    with pytest.raises(SystemExit): command_func('digits', opts='ranger', epochs=1, seeds=1, out=tmp_path)
+    assert f'cannot read {file}' in capsys.readouterr().err and file.read_bytes() == b'no checkpoint'
 
 def test_time_left(tmp_path, monkeypatch, capsys):
     "With a clock that goes by the images seen, the time left is right to the second, over the search and the runs"
