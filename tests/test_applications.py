@@ -16,7 +16,7 @@ from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, awd
 from fastai.torch_core import set_seed, tensor
 from fastai.vision.all import resnet18, unet_learner, vision_learner, xresnet18
 from fastai_ranger.all import ranger
-from fastai_ranger.workflows import fit, gan_learner, largest, weights
+from fastai_ranger.lab.workflows import fit, gan_learner, largest, weights
 from sklearn import datasets
 
 def dls_of(items, bs=16, n=80):

@@ -6,7 +6,7 @@ import matplotlib
 matplotlib.use('agg')
 import pytest
 import torch
-from fastai_ranger.bench import *
+from fastai_ranger.lab.bench import *
 from PIL import Image
 
 command = Path(sys.executable).parent/'ranger-bench'

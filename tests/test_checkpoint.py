@@ -8,7 +8,7 @@ import torch
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.torch_core import params
 from fastai_ranger.all import *
-from fastai_ranger.workflows import digits_learner, fit, largest, stand_still, weights
+from fastai_ranger.lab.workflows import digits_learner, fit, largest, stand_still, weights
 from test_workflows import param, same, sgd_ahead, state, steps
 
 def load(learn, *args, **kwargs):
@@ -50,7 +50,7 @@ import sys, warnings
 from functools import partial
 warnings.filterwarnings('error', message='Could not load')
 from fastai_ranger.all import *
-from fastai_ranger.workflows import digits_learner, fit
+from fastai_ranger.lab.workflows import digits_learner, fit
 learn = digits_learner(partial(ranger, k=5))
 learn.load(sys.argv[1])
 fit(learn, 2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fastai_ranger import lookahead as lookahead_module, radam
 from fastai_ranger.all import *
-from fastai_ranger.bench import memory
+from fastai_ranger.lab.bench import memory
 from fastai_ranger.lookahead import _follow
 from hypothesis import given, settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -14,7 +14,7 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai_ranger.all import *
-from fastai_ranger.workflows import digits_learner, fit, largest, weights
+from fastai_ranger.lab.workflows import digits_learner, fit, largest, weights
 from test_workflows import Overflow, same, sgd_ahead, param, state, steps
 
 def slow(learn): return [learn.opt.state[p].get('slow', p).clone() for p in learn.model.parameters()]

@@ -18,7 +18,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params
 from fastai_ranger.all import *
 from fastcore.all import L
-from fastai_ranger.workflows import clip, clip_data, digits_learner, export, fit, largest, resume, skipped_steps, slow_of, stand_still, swap, weights, workflows
+from fastai_ranger.lab.workflows import clip, clip_data, digits_learner, export, fit, largest, resume, skipped_steps, slow_of, stand_still, swap, weights, workflows
 from test_applications import Float64
 
 stock_is_right = {clip, clip_data, swap, skipped_steps, resume, export}
@@ -31,7 +31,7 @@ def test_right(f, right): assert right(f(ranger))
 def test_stock(f, right): assert right(f(stock.ranger)) == (f in stock_is_right)
 
 def test_no_folder_is_left(tmp_path):
-    saves = 'from fastai_ranger.all import ranger; from fastai_ranger.workflows import *; load_weights(ranger); gan(ranger)'
+    saves = 'from fastai_ranger.all import ranger; from fastai_ranger.lab.workflows import *; load_weights(ranger); gan(ranger)'
     subprocess.run([sys.executable, '-c', saves], env={**os.environ, 'TMPDIR': str(tmp_path)}, capture_output=True, check=True)
     assert not list(tmp_path.iterdir())
 
@@ -487,7 +487,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from fastai.data.core import DataLoaders
 from fastai_ranger.all import *
-from fastai_ranger.workflows import digits_learner, fit
+from fastai_ranger.lab.workflows import digits_learner, fit
 dist.init_process_group('gloo')
 learn = digits_learner(ranger, cbs=SlowWeights(end=False), path=sys.argv[1])
 items = learn.dls.train_ds[:512][dist.get_rank()::2]

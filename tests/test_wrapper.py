@@ -15,7 +15,7 @@ from fastai.learner import Learner, load_learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params
 from fastai_ranger.all import *
-from fastai_ranger.workflows import digits_learner, fit, weights
+from fastai_ranger.lab.workflows import digits_learner, fit, weights
 from test_checkpoint import Skip, Until, load
 from test_slow_weights import equal, slow
 from test_workflows import Overflow, param, same, state
