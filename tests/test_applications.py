@@ -17,6 +17,7 @@ from fastai.torch_core import set_seed, tensor
 from fastai.vision.all import resnet18, unet_learner, vision_learner, xresnet18
 from fastai_ranger.all import ranger
 from fastai_ranger.lab.workflows import fit, gan_learner, largest, weights
+from helpers import Float64
 from sklearn import datasets
 
 def dls_of(items, bs=16, n=80):
@@ -93,13 +94,6 @@ def text_classifier(opt_func):
 
 apps = dict(vision=partial(vision, resnet18), timm=partial(vision, 'resnet10t'), vit=vit, xresnet=xresnet, unet=unet, multi_label=multi_label, regression=regression,
             tabular=tabular, tabular_regression=tabular_regression, collab=collab, language_model=language_model, text_classifier=text_classifier)
-
-class Float64(Callback):
-    "Floating point numbers in double precision: what differs then is not rounding"
-    order = 95 # after `MixUp`
-    def before_fit(self): self.model.double()
-    def before_batch(self):
-        for name in ('xb', 'yb'): setattr(self.learn, name, tuple(o.double() if o.is_floating_point() else o for o in getattr(self, name)))
 
 @pytest.mark.parametrize('app', apps)
 def test_ends_where_stock_does(app):

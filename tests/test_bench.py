@@ -7,6 +7,7 @@ matplotlib.use('agg')
 import pytest
 import torch
 from fastai_ranger.lab.bench import *
+from fastai_ranger.lab.registry import OptInfo, optimizers, register
 from PIL import Image
 
 command = Path(sys.executable).parent/'ranger-bench'
@@ -30,13 +31,13 @@ def test_command(tmp_path):
 @pytest.mark.parametrize('kwargs,message', [
     (dict(lists='resnet51'), 'lists must be one of xresnet18, '), (dict(opts='ranger,rangr'), 'opts must be one of ranger, stock, '),
     (dict(device='tpu'), 'device must be one of cpu, cuda, got tpu'), (dict(dtype='int8'), 'dtype must be one of float32, '),
-    (dict(rounds=0), 'rounds must be at least 1, got 0'), (dict(epoch=True, opts='adamw_fused'), 'opts must be one of ranger, stock, adam')])
+    (dict(rounds=0), 'rounds must be at least 1, got 0'), (dict(epoch=True, opts='rangr'), 'opts must be one of ranger, stock, radam')])
 def test_wrong_arguments(kwargs, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as e: command_func(out=str(tmp_path/'out'), **kwargs)
     assert e.value.code==2 and f'ranger-bench: {message}' in capsys.readouterr().err and not (tmp_path/'out').exists()
 
 def test_nothing_to_time(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(bench_opts, 'timm', lambda params, lr: 1/0)
+    monkeypatch.setitem(bench_opts, 'timm', OptInfo('timm', lambda params, lr: 1/0))
     with pytest.raises(SystemExit) as e: command_func(lists='small', opts='timm', out=str(tmp_path))
     assert e.value.code==2 and 'ranger-bench: nothing to time, timm failed: ZeroDivisionError' in capsys.readouterr().err
 
@@ -44,7 +45,7 @@ def test_nothing_to_time(tmp_path, capsys, monkeypatch):
 def test_every_optimizer_is_known_and_steps(opt):
     if opt=='optimi_triton' and not torch.cuda.is_available(): pytest.skip('Triton needs a GPU')
     ps = tensors('small')[:3]
-    o = bench_opts[opt](ps, lr=1e-3)
+    o = bench_opts[opt].opt_func(ps, lr=1e-3)
     before = [p.detach().clone() for p in ps]
     for _ in range(7): o.step()
     assert all((p != b).any() for p,b in zip(ps, before))
@@ -54,6 +55,19 @@ def test_lists(name):
     ps = tensors(name)
     assert all(p.grad.shape==p.shape for p in ps)
     if name=='resnet50': assert len(ps)==161 and sum(p.numel() for p in ps)==25_557_032
+
+def test_an_optimizer_of_your_own(tmp_path, monkeypatch):
+    "By its module, with hypers, or registered after the import; times are compared with its twin"
+    register('lion', torch.optim.SGD, twin='sgd_foreach', moves=5)
+    monkeypatch.setitem(optimizers, 'lion', optimizers.pop('lion'))
+    opts = 'lion,sgd_foreach,stock,ranger:k=3,torch.optim:SGD:momentum=.9'
+    rows = bench('1M', opts, rounds=1, out=str(tmp_path)).set_index('opt')
+    assert rows.failed.isna().all() and rows.x_stock['lion'] == rows.cycle['sgd_foreach']/rows.cycle['lion']
+    assert rows.x_stock['ranger:k=3'] == rows.cycle['stock']/rows.cycle['ranger:k=3'] and rows.gb_s.isna().to_dict() == {k: 'torch' in k for k in opts.split(',')}
+    assert moved('torch.optim:SGD') is None and moved('ranger:k=3') == moved('ranger') == 7+4/6
+    assert (tmp_path/'bench.png').exists()
+    assert time_epochs('lion,torch.optim:Adam', rounds=1, size=16).failed.isna().all()
+    with pytest.raises(ValueError, match='opts has no.such:lion, but no.such cannot be imported'): bench('small', 'no.such:lion', out=str(tmp_path/'out'))
 
 def test_epochs():
     df = time_epochs('ranger,torch_sgd', rounds=1, size=16)

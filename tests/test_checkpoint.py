@@ -9,26 +9,7 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.torch_core import params
 from fastai_ranger.all import *
 from fastai_ranger.lab.workflows import digits_learner, fit, largest, stand_still, weights
-from test_workflows import param, same, sgd_ahead, state, steps
-
-def load(learn, *args, **kwargs):
-    "`learn.load`, which turns what goes wrong with the optimizer into a warning"
-    with warnings.catch_warnings():
-        warnings.filterwarnings('error', message='Could not load the optimizer state')
-        return learn.load(*args, **kwargs)
-
-class Until(Callback):
-    "Save after `n` updates"
-    def __init__(self, n): self.n = n
-    def after_batch(self):
-        if self.training and self.train_iter == self.n: self.learn.save('x')
-
-class Skip(Callback):
-    "Do not train on the first `n` batches"
-    order = -20
-    def __init__(self, n): self.n = n
-    def before_batch(self):
-        if self.training and self.train_iter < self.n: raise CancelBatchException()
+from helpers import Skip, Until, load, param, same, sgd_ahead, state, steps
 
 class Clip(Callback):
     def after_step(self):

@@ -14,7 +14,8 @@ from fastai.layers import Mish, SelfAttention, SimpleSelfAttention
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai_ranger.lab import data
-from fastai_ranger.lab.compare import check_args, cnn, compare, digits_dls, models, opt_funcs, ranger_compare, scheds, summarize, train_run
+from fastai_ranger.lab.compare import check_args, cnn, compare, digits_dls, models, optimizers, ranger_compare, register, scheds, summarize, train_run
+from fastai_ranger.lab.report import colors_of
 from PIL import Image
 from scipy.stats import ttest_rel
 from sklearn.datasets import load_digits
@@ -36,11 +37,17 @@ def write_images(path, splits, n=40):
     return path
 
 wrong = [
-    (dict(data='digits', opts='ranger,rangr'), 'opts must be one of ranger, stock, radam, adam, sgd, ranger_gc, ranger_gc_update, ranger_va, ranger_qh, ranger_adabelief, ranger_lars, ranger21, adam_l2, lookahead_adam, lookahead_sgd, got rangr'),
+    (dict(data='digits', opts='ranger,rangr'), f"opts must be one of {', '.join(optimizers)}, or package.module:function, got rangr"),
     (dict(data='digits', opts='ranger,ranger'), 'opts has one more than once'),
     (dict(data='digits', opts='ranger:k'), 'opts has ranger:k, which cannot be made'),
     (dict(data='digits', opts='ranger:k=0'), 'opts has ranger:k=0, which cannot be made: `k` must be'),
     (dict(data='digits', opts='sgd:speed=3'), 'opts has sgd:speed=3, which cannot be made'),
+    (dict(data='digits', opts='no.such:lion'), "opts has no.such:lion, but no.such cannot be imported: No module named 'no'"),
+    (dict(data='digits', opts='torch.optim:Lion'), 'opts has torch.optim:Lion, but torch.optim has no Lion'),
+    (dict(data='digits', opts='torch.optim:Muon'), 'opts has torch.optim:Muon, which cannot be made: '),
+    (dict(data='digits', opts='builtins:print:sep=x'), 'opts has builtins:print:sep=x, which cannot be made: '),
+    (dict(data='digits', opts='collections:ChainMap:k=3'), 'opts has collections:ChainMap:k=3, which cannot be made: '),
+    (dict(data='digits', opts='torch.optim:AdamW:lr=fast'), 'opts has torch.optim:AdamW:lr=fast, which cannot be made: '),
     (dict(data='digits', epochs=0), 'epochs must be at least 1, got 0'),
     (dict(data='digits', seeds=0), 'seeds must be at least 1, got 0'),
     (dict(data='digits', bs=0), 'bs must be at least 1, got 0'),
@@ -211,6 +218,56 @@ def test_warm_up():
     assert lrs[0] == pytest.approx(1e-4) and lrs[5:33] == pytest.approx([.1]*28) and lrs[-1] < .01
     assert lrs[:5] == sorted(lrs[:5]) and lrs[33:] == sorted(lrs[33:], reverse=True)
 
+## Optimizers of one's own
+
+own = """
+from fastai_ranger.all import ranger
+def slow(params, lr=2e-3, k=6): return ranger(params, lr=lr, k=k)
+def rateless(params, lr): return ranger(params, lr=lr)
+def none(params, lr): pass
+"""
+
+def test_an_optimizer_of_your_own(tmp_path):
+    "From a file in the current folder to the table, picture and report; its rate is its own default, or else fastai's"
+    (tmp_path/'own.py').write_text(own)
+    (tmp_path/'broken.py').write_text('def f(:')
+    run = lambda opts,*args: subprocess.run([command, 'digits', '--opts', opts, '--epochs', '1', '--seeds', '1', '--out', 'out', *args], cwd=tmp_path, capture_output=True, text=True)
+    res = run('own:slow,own:slow:k=3,own:rateless,torch.optim:AdamW,ranger')
+    assert res.returncode == 0, res.stderr
+    df = pd.read_csv(tmp_path/'out/results.csv')
+    assert dict(zip(df.optimizer, df.lr)) == {'own:slow': 2e-3, 'own:slow:k=3': 2e-3, 'own:rateless': 1e-3, 'torch.optim:AdamW': 1e-3, 'ranger': 8e-3}
+    assert 'own:slow:k=3' in res.stdout.split('diff')[1] and '| own:slow:k=3 | 0.002 |' in (tmp_path/'out/report.md').read_text()
+    assert (tmp_path/'out/curves.png').exists()
+    assert run('own:slow,ranger', '--lr', 'own:slow=.1').returncode == 0
+    assert .1 in pd.read_csv(tmp_path/'out/results.csv').query("optimizer == 'own:slow'").lr.values
+    for opts,message in (('own:fast', 'own has no fast'), ('broken:f', 'broken cannot be imported'), ('own:none', 'makes no optimizer, but NoneType')):
+        res = run(opts)
+        assert res.returncode == 2 and message in res.stderr.splitlines()[-1] and 'Traceback' not in res.stderr
+
+def test_a_rate_in_the_name(tmp_path):
+    df = compare('digits', opts='adam,adam:lr=.1', epochs=1, seeds=1, n_train=128, out=tmp_path)
+    assert dict(zip(df.optimizer, df.lr)) == {'adam': 3e-3, 'adam:lr=.1': .1} and df.train_loss.nunique() == 2
+
+def test_more_optimizers_than_colors(tmp_path, monkeypatch):
+    "Registered after the import, without a color: twenty of them have twenty colors"
+    for i in range(20):
+        monkeypatch.delitem(optimizers, f'lion{i}', raising=False)
+        register(f'lion{i}', lambda params, lr=1e-3: optimizers['sgd'].opt_func(params, lr=lr))
+        monkeypatch.setitem(optimizers, f'lion{i}', optimizers.pop(f'lion{i}'))
+    names = [f'lion{i}' for i in range(20)]
+    assert not {'lion0', 'lion19'} - set(compare('digits', opts=','.join(names), epochs=1, seeds=1, n_train=64, out=tmp_path).optimizer)
+    colors = colors_of([*names, 'ranger', 'stock'])
+    assert len(set(colors.values())) == 22 and (colors['ranger'], colors['stock']) == ('#d62728', '#000000')
+    assert Image.open(tmp_path/'curves.png').size[0] > 1000
+
+@pytest.mark.parametrize('name', optimizers)
+def test_every_optimizer_trains(name):
+    "in a `Learner`, with its usual rate"
+    if name == 'optimi_triton' and not torch.cuda.is_available(): pytest.skip('Triton needs a GPU')
+    o = optimizers[name]
+    rows = train_run(lambda: data.digits().take(128).dls(64), cnn, o.for_learner(), o.lr, epochs=1)
+    assert 1.5 < rows[0]['train_loss'] < 3 and o.twin in optimizers
+
 ## The rate is looked for on training images
 
 def test_validation_images_choose_no_rate(tmp_path):
@@ -272,7 +329,7 @@ class Killed(Exception): pass
 @pytest.mark.parametrize('opt', ['ranger', 'ranger21', 'sgd', 'lookahead_adam', 'stock'])
 def test_a_run_goes_on_after_any_epoch(opt, sched, tmp_path, monkeypatch):
     "Stopped in the second and in the last epoch: the rows of the uninterrupted run, to the bit"
-    kwargs = dict(get_dls=lambda: data.folder(path, 16).dls(16), model=cnn, opt_func=opt_funcs[opt], lr=1e-2, epochs=4, sched=sched)
+    kwargs = dict(get_dls=lambda: data.folder(path, 16).dls(16), model=cnn, opt_func=optimizers[opt].opt_func, lr=1e-2, epochs=4, sched=sched)
     path = write_images(tmp_path/'data', ('train', 'valid'), n=60) # with random crops
     numbers = lambda rows: [{k: v for k,v in o.items() if 'seconds' not in k} for o in rows]
     whole = train_run(**kwargs)
@@ -292,7 +349,7 @@ def test_a_run_goes_on_after_any_epoch(opt, sched, tmp_path, monkeypatch):
 
 def test_seconds_of_a_stopped_run(tmp_path, monkeypatch):
     "are those of its whole epochs, with nothing of the time between"
-    monkeypatch.setattr('fastai_ranger.lab.compare._now', lambda: now)
+    monkeypatch.setattr('fastai_ranger.lab.train._now', lambda: now)
     now,fail = 0.,3
     def step(self):
         nonlocal now
@@ -301,7 +358,7 @@ def test_seconds_of_a_stopped_run(tmp_path, monkeypatch):
         return real(self)
     real = Learner._step
     monkeypatch.setattr(Learner, '_step', step)
-    kwargs = dict(get_dls=lambda: data.digits().take(128).dls(64), model=cnn, opt_func=opt_funcs['ranger'], lr=1e-2, epochs=3, file=tmp_path/'run.pth')
+    kwargs = dict(get_dls=lambda: data.digits().take(128).dls(64), model=cnn, opt_func=optimizers['ranger'].opt_func, lr=1e-2, epochs=3, file=tmp_path/'run.pth')
     with pytest.raises(Killed): train_run(**kwargs)
     now,fail = 1e6,None
     assert [o['seconds'] for o in train_run(**kwargs)] == [2, 2, 2]

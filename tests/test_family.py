@@ -13,8 +13,8 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from fastai_ranger.all import *
 from fastai_ranger.all import ranger
-from fastai_ranger.lab.bench import members, stock_members
-from fastai_ranger.lab.compare import cnn, digits_dls
+from fastai_ranger.lab.data import cnn, digits_dls
+from helpers import members, stock_members
 from pytorch_optimizer.optimizer import ranger21 as their_ranger21
 from pytorch_optimizer.optimizer.utils.gradient import normalize_gradient
 from ranger_adabelief import RangerAdaBelief

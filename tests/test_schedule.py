@@ -8,7 +8,7 @@ from fastai.callback.schedule import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import params
 from fastai_ranger.all import ranger, ranger21
-from fastai_ranger.lab.compare import cnn, digits_dls
+from fastai_ranger.lab.data import cnn, digits_dls
 from fastai_ranger.schedule import sched_ranger21
 
 def their_rates(n, lr, sqr_mom, lr_end):

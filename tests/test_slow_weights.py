@@ -15,10 +15,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai_ranger.all import *
 from fastai_ranger.lab.workflows import digits_learner, fit, largest, weights
-from test_workflows import Overflow, same, sgd_ahead, param, state, steps
-
-def slow(learn): return [learn.opt.state[p].get('slow', p).clone() for p in learn.model.parameters()]
-def equal(a, b): return all(map(torch.equal, a, b))
+from helpers import Overflow, equal, param, same, sgd_ahead, slow, state, steps
 
 # Without a Learner
 

@@ -19,7 +19,7 @@ from fastai.torch_core import params
 from fastai_ranger.all import *
 from fastcore.all import L
 from fastai_ranger.lab.workflows import clip, clip_data, digits_learner, export, fit, largest, resume, skipped_steps, slow_of, stand_still, swap, weights, workflows
-from test_applications import Float64
+from helpers import Float64, Overflow, param, same, sgd_ahead, state, steps
 
 stock_is_right = {clip, clip_data, swap, skipped_steps, resume, export}
 each = pytest.mark.parametrize('f,right', [o[2:] for o in workflows], ids=[o[2].__name__ for o in workflows])
@@ -35,21 +35,7 @@ def test_no_folder_is_left(tmp_path):
     subprocess.run([sys.executable, '-c', saves], env={**os.environ, 'TMPDIR': str(tmp_path)}, capture_output=True, check=True)
     assert not list(tmp_path.iterdir())
 
-def state(learn): return [{k: torch.as_tensor(v).clone() for k,v in learn.opt.state[p].items()} for p in learn.model.parameters()]
-def same(a, b): return len(a)==len(b) and all(x.keys()==y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x,y in zip(a, b))
-
 # Weights that change from outside
-
-def param(*vals): return torch.nn.Parameter(torch.tensor(vals, dtype=torch.float64))
-
-def steps(opt, n, edit=None):
-    for i in range(n):
-        for pg in opt.param_lists:
-            for p in pg: p.grad = torch.ones_like(p)
-        opt.step()
-        if edit: edit(i)
-
-def sgd_ahead(ps, **kwargs): return MultiTensorOptimizer(ps, [slow_weights, sgd_step, lookahead_step], **{**dict(lr=.1, k=3), **kwargs})
 
 @pytest.mark.parametrize('n', range(1, 8))
 @pytest.mark.parametrize('new', [5., None])
@@ -434,14 +420,6 @@ def test_lr_find_leaves_nothing_behind(fitted):
     with fresh.no_bar(), fresh.no_logging(): fresh.lr_find(num_it=20, show_plot=False) # makes the optimizer
 
 # Together with others
-
-class Overflow(Callback):
-    "fastai's `MixedPrecision` with a `GradScaler` that works without CUDA; the gradients of `bad` batches overflow"
-    order = MixedPrecision.order+1
-    def __init__(self, *bad): self.bad = bad
-    def before_fit(self): self.learn.scaler = torch.amp.GradScaler('cpu')
-    def before_backward(self):
-        if self.train_iter in self.bad: self.learn.loss_grad = self.loss_grad*2.**126
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('bad', [(0, 1, 2), (3, 4), (0, 5, 6, 7)])

@@ -16,9 +16,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params
 from fastai_ranger.all import *
 from fastai_ranger.lab.workflows import digits_learner, fit, weights
-from test_checkpoint import Skip, Until, load
-from test_slow_weights import equal, slow
-from test_workflows import Overflow, param, same, state
+from helpers import Overflow, Skip, Until, equal, load, param, same, slow, state
 
 stepwise = [torch.optim.SGD, stock.SGD] # one for each of the two roads
 

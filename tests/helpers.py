@@ -1,0 +1,65 @@
+"What several tests use"
+import warnings
+
+import torch
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.fp16 import MixedPrecision
+from fastai_ranger.all import *
+from fastai_ranger.lab.registry import optimizers
+from fastai_ranger.lab.twins import twins as stock_members
+
+members = {k: o.opt_func for k,o in optimizers.items() if o.twin in stock_members and k not in stock_members} # the variants of Ranger
+
+# Parameters, steps, state
+
+def param(*vals): return torch.nn.Parameter(torch.tensor(vals, dtype=torch.float64))
+
+def steps(opt, n, edit=None):
+    for i in range(n):
+        for pg in opt.param_lists:
+            for p in pg: p.grad = torch.ones_like(p)
+        opt.step()
+        if edit: edit(i)
+
+def sgd_ahead(ps, **kwargs): return MultiTensorOptimizer(ps, [slow_weights, sgd_step, lookahead_step], **{**dict(lr=.1, k=3), **kwargs})
+
+def state(learn): return [{k: torch.as_tensor(v).clone() for k,v in learn.opt.state[p].items()} for p in learn.model.parameters()]
+def same(a, b): return len(a)==len(b) and all(x.keys()==y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x,y in zip(a, b))
+def slow(learn): return [learn.opt.state[p].get('slow', p).clone() for p in learn.model.parameters()]
+def equal(a, b): return all(map(torch.equal, a, b))
+
+# In a `Learner`
+
+def load(learn, *args, **kwargs):
+    "`learn.load`, which turns what goes wrong with the optimizer into a warning"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='Could not load the optimizer state')
+        return learn.load(*args, **kwargs)
+
+class Until(Callback):
+    "Save after `n` updates"
+    def __init__(self, n): self.n = n
+    def after_batch(self):
+        if self.training and self.train_iter == self.n: self.learn.save('x')
+
+class Skip(Callback):
+    "Do not train on the first `n` batches"
+    order = -20
+    def __init__(self, n): self.n = n
+    def before_batch(self):
+        if self.training and self.train_iter < self.n: raise CancelBatchException()
+
+class Overflow(Callback):
+    "fastai's `MixedPrecision` with a `GradScaler` that works without CUDA; the gradients of `bad` batches overflow"
+    order = MixedPrecision.order+1
+    def __init__(self, *bad): self.bad = bad
+    def before_fit(self): self.learn.scaler = torch.amp.GradScaler('cpu')
+    def before_backward(self):
+        if self.train_iter in self.bad: self.learn.loss_grad = self.loss_grad*2.**126
+
+class Float64(Callback):
+    "Floating point numbers in double precision: what differs then is not rounding"
+    order = 95 # after `MixUp`
+    def before_fit(self): self.model.double()
+    def before_batch(self):
+        for name in ('xb', 'yb'): setattr(self.learn, name, tuple(o.double() if o.is_floating_point() else o for o in getattr(self, name)))
