@@ -16,7 +16,7 @@ test: .venv/installed
 	$(bin)/pytest
 
 docs: .venv/installed readme
-	$(bin)/jupyter nbconvert --log-level WARN --to html --output-dir _docs nbs/*.ipynb nbs/tutorials/*.ipynb
+	$(bin)/jupyter nbconvert --log-level WARN --to html --output-dir _docs nbs/*.ipynb nbs/lab/*.ipynb nbs/tutorials/*.ipynb
 
 readme: .venv/installed
 	$(bin)/jupyter nbconvert --log-level WARN --to markdown --template-file nbs/readme.md.j2 --stdout nbs/index.ipynb > README.md

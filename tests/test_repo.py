@@ -1,5 +1,5 @@
 "What is made from the notebooks agrees with them"
-import configparser, os, re, shutil, subprocess, sys
+import ast, configparser, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +40,17 @@ def test_no_field_in_both_files():
     cfg.read(root/'setup.cfg')
     there = set(cfg['metadata']) | {dict(install_requires='dependencies').get(o, o) for o in cfg['options']}
     assert not (set(project)-{'dynamic'}) & there
+
+def imported(f):
+    "All that the module in file `f` imports: `.lab.data.cnn` for `from .lab.data import cnn`"
+    for o in ast.walk(ast.parse(f.read_text())):
+        if isinstance(o, ast.Import): yield from (a.name for a in o.names)
+        if isinstance(o, ast.ImportFrom): yield from ('.'*o.level + '.'.join(filter(None, (o.module, a.name))) for a in o.names)
+
+def test_the_library_never_imports_the_lab():
+    "nor what only the lab needs"
+    mine = {f.name: [o for o in imported(f) if re.match(r'(fastai_ranger)?\.lab\b|(scipy|sklearn|matplotlib|pandas)\b', o)] for f in (root/'fastai_ranger').glob('*.py')}
+    assert len(mine) > 9 and not any(mine.values()), mine
+
+def test_no_test_imports_another():
+    assert not [f.name for f in (root/'tests').glob('*.py') if any(o.startswith('test_') for o in imported(f))]
