@@ -71,12 +71,13 @@ def best_scheds(
 def colors_of(
     names # Of optimizers, hypers and all
 )->dict: # Color of each
-    "The color that is registered, or one of a colormap's"
-    keys = {o: split_name(o)[0] for o in names}
-    colors = {k: optimizers[k].color if k in optimizers else None for k in keys.values()}
-    free = [k for k,c in colors.items() if not c]
-    colors.update(zip(free, map(to_hex, plt.get_cmap('viridis')(np.linspace(0, .95, len(free))))))
-    return {o: colors[k] for o,k in keys.items()}
+    "The color that is registered, if it is still free, or one of a colormap's"
+    colors = {}
+    for o in sorted(names, key=lambda o: ':' in o): # those without hypers come first
+        info = optimizers.get(split_name(o)[0])
+        colors[o] = info.color if info and info.color not in colors.values() else None
+    others = [o for o,c in colors.items() if not c]
+    return colors | dict(zip(others, map(to_hex, plt.get_cmap('viridis')(np.linspace(0, .95, len(others))))))
 
 # %% ../../nbs/lab/04_report.ipynb #fbdc3ac9
 _styles = dict(one_cycle='--', ranger21=':', warm_flat_cos='-.', flat=(0, (1, 3)))
