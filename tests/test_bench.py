@@ -1,6 +1,7 @@
 "`ranger-bench`, as a user meets it"
 import subprocess, sys
 from pathlib import Path
+from unittest.mock import patch
 
 import matplotlib
 matplotlib.use('agg')
@@ -56,10 +57,10 @@ def test_lists(name):
     assert all(p.grad.shape==p.shape for p in ps)
     if name=='resnet50': assert len(ps)==161 and sum(p.numel() for p in ps)==25_557_032
 
-def test_an_optimizer_of_your_own(tmp_path, monkeypatch):
+@patch.dict(optimizers)
+def test_an_optimizer_of_your_own(tmp_path):
     "By its module, with hypers, or registered after the import; times are compared with its twin"
     register('lion', torch.optim.SGD, twin='sgd_foreach', moves=5)
-    monkeypatch.setitem(optimizers, 'lion', optimizers.pop('lion'))
     opts = 'lion,sgd_foreach,stock,ranger:k=3,torch.optim:SGD:momentum=.9'
     rows = bench('1M', opts, rounds=1, out=str(tmp_path)).set_index('opt')
     assert rows.failed.isna().all() and rows.x_stock['lion'] == rows.cycle['sgd_foreach']/rows.cycle['lion']
