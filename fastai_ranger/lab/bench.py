@@ -15,7 +15,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.vision.models.xresnet import xresnet18,xresnet50
-from fastcore.all import call_parse,store_true
+from fastcore.all import call_parse,in_notebook,store_true
 from collections import ChainMap
 from dataclasses import replace
 from functools import partial,wraps
@@ -259,7 +259,9 @@ def bench(
         res.append(df.reset_index().assign(list=o))
     res = pd.concat(res, ignore_index=True)
     _write(out, 'bench', res, **info, dtype=dtype, rounds=rounds, schedule=schedule)
-    plot_bench(res, line).savefig(Path(out)/'bench.png', dpi=150)
+    fig = plot_bench(res, line)
+    fig.savefig(Path(out)/'bench.png', dpi=150)
+    if not in_notebook(): plt.close(fig)
     return res
 
 def _write(out, name, df, **info):
