@@ -1,5 +1,5 @@
 "Saved and resumed: to the bit, from other optimizers and into them, or refused with nothing changed"
-import copy, subprocess, sys, warnings
+import copy, pickle, subprocess, sys, warnings
 from functools import partial
 
 import fastai.optimizer as stock
@@ -95,6 +95,54 @@ def test_refused_with_nothing_changed(name):
     said = [str(o.message) for o in caught]
     assert 'Could not load the optimizer state.' in said and any(o in m for m in said for o in ('checkpoint', 'has shape', 'must be'))
 
+wrong = dict(step=['seven', -1, 2.5, True, None, torch.tensor(3)], grad_avg=[[1., 2.], 3., torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.complex64), 'x'],
+             slow=[torch.ones(3, dtype=torch.float64), None], fast=[torch.ones(3, 1), 4.])
+
+@pytest.mark.parametrize('name,value', [(k, v) for k,vs in wrong.items() for v in vs], ids=str)
+def test_content_that_is_wrong(name, value):
+    "is refused when it is loaded, not at the next step"
+    p,q = param(1., 2.), param(1., 2.)
+    opt,other = ranger([p], lr=.1),ranger([q], lr=.1)
+    for o in (opt, other): steps(o, 3)
+    sd = opt.state_dict()
+    sd['state'] = [{**sd['state'][0], name: value}]
+    before,weights = {k: torch.as_tensor(v).tolist() for k,v in other.state[q].items()},q.tolist()
+    with pytest.raises(ValueError, match=f'`{name}` of parameter 0 of group 0'), pytest.warns(UserWarning): other.load_state_dict(sd)
+    assert {k: torch.as_tensor(v).tolist() for k,v in other.state[q].items()} == before and q.tolist() == weights
+    steps(other, 7)
+
+@pytest.mark.parametrize('sd', [None, [], dict(state=3, hypers=[{}]), dict(state=[3], hypers=[{}]), dict(state={}, hypers=[{}]), dict(state=[{}], hypers=None), dict(state=[{}], hypers=['lr'])], ids=str)
+def test_containers_that_are_wrong(sd):
+    opt = ranger([param(1.)], lr=.1)
+    with pytest.raises(ValueError, match='checkpoint'), pytest.warns(UserWarning): opt.load_state_dict(sd)
+
+@pytest.mark.parametrize('opt_func', [ranger, ranger_kahan, RAdam, ranger_va, ranger_adabelief, ranger21], ids=lambda o: o.__name__)
+def test_a_checkpoint_of_version_0_1(opt_func):
+    "made key by key, with the notes on replaced weights that it kept: goes on to the bit"
+    names = dict(ranger=['slow', 'grad_avg', 'sqr_avg'], ranger_kahan=['slow', 'grad_avg', 'sqr_avg', 'comp', 'slow_comp'], RAdam=['grad_avg', 'sqr_avg'], ranger_va=['slow', 'grad_avg', 'sqr_avg', 'max_avg'],
+                 ranger_adabelief=['slow', 'grad_avg', 'var_avg'], ranger21=['slow', 'odd_avg', 'even_avg', 'sqr_avg', 'max_avg'])[opt_func.__name__]
+    dtype = torch.bfloat16 if opt_func is ranger_kahan else torch.float64
+    ps,qs = ([torch.nn.Parameter(torch.ones(4, 3, dtype=dtype)), torch.nn.Parameter(torch.ones(3, dtype=dtype))] for _ in range(2))
+    opt,other = (opt_func([[o] for o in x], lr=.01) for x in (ps, qs))
+    def go(opt, ps, first, n):
+        for i in range(first, first+n):
+            torch.manual_seed(i)
+            for p in ps: p.grad = torch.randn(p.shape).to(dtype)
+            opt.step()
+    go(opt, ps, 0, 8)
+    count = {'step': 8} | ({} if opt_func is RAdam else {'slow_step': 8})
+    sd = dict(hypers=[dict(h) for h in opt.hypers], state=[{**{k: opt.state[p][k].clone() for k in names}, **count, 'edits': 2} for p in ps])
+    if opt_func is ranger21: sd['state'] = [{**s, 'rms': torch.tensor(1.)} for s in sd['state']]
+    with torch.no_grad():
+        for p,q in zip(ps, qs): q.copy_(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        other.load_state_dict(sd)
+    assert 'edits' not in other.state[qs[0]]
+    go(opt, ps, 8, 9)
+    go(other, qs, 8, 9)
+    assert all(map(torch.equal, ps, qs))
+
 def ahead(ps, lr, **kwargs): return stock.Lookahead(stock.SGD(ps, lr, mom=.9), k=6)
 
 @pytest.mark.parametrize('opt_func,lacks', [(stock.ranger, '`slow`, `slow_step`'), (stock.RAdam, '`slow`, `slow_step`'), (stock.Adam, '`slow`, `slow_step`'), (RAdam, '`slow`, `slow_step`'),
@@ -158,13 +206,11 @@ def test_dtype_follows_the_parameter():
     assert {v.dtype for v in other.state[q].values() if isinstance(v, torch.Tensor)} == {torch.float64}
     steps(other, 8)
 
-@stepper
-def master(p, lr, master=None, **kwargs):
+@stepper(state=dict(master=torch.Tensor.float))
+def master(p, grad, lr, master, **kwargs):
     "SGD on a copy in float32"
-    if master is None: master = [o.detach().float() for o in p]
-    torch._foreach_add_(master, [o.grad.float() for o in p], alpha=-lr)
+    torch._foreach_add_(master, [o.float() for o in grad], alpha=-lr)
     torch._foreach_copy_(p, master)
-    return {'master': master}
 
 def test_state_of_a_users_stepper_keeps_its_dtype():
     p,q = (torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2))
@@ -198,7 +244,7 @@ def test_do_wd_stays_if_the_checkpoint_has_none():
     other.load_state_dict(opt.state_dict())
     assert other.state[q]['do_wd'] is False and other.state[q]['step'] == 2
 
-@pytest.mark.parametrize('then', ['lr_find', 'save', 'deepcopy', 'nothing'])
+@pytest.mark.parametrize('then', ['lr_find', 'save', 'deepcopy', 'pickle', 'nothing'])
 def test_weights_loaded_before_it_was_saved(then):
     "A checkpoint, or a copy, made after other weights were loaded begins anew from them"
     learn = fit(digits_learner(ranger))
@@ -210,5 +256,6 @@ def test_weights_loaded_before_it_was_saved(then):
         learn.save('y')
         learn = load(digits_learner(ranger, path=learn.path), 'y')
     elif then == 'deepcopy': learn = copy.deepcopy(learn)
+    elif then == 'pickle': learn = pickle.loads(pickle.dumps(learn))
     before = weights(learn.model)
     assert stand_still(learn) == 0 and largest(before, weights(learn.model)) == 0

@@ -1,5 +1,5 @@
 "What `MultiTensorOptimizer` guarantees, whatever the steppers"
-import copy, functools, pickle, warnings
+import copy, pickle, warnings
 from functools import partial
 
 import fastai.optimizer as stock
@@ -14,8 +14,8 @@ def param(*vals, grad=None, dtype=torch.float64):
     return p
 
 calls = []
-@stepper
-def spy(p, lr, step=0, do_wd=True, **kwargs):
+@stepper(state=dict(step=0))
+def spy(p, grad, lr, step, do_wd=True, **kwargs):
     "Notes with how many tensors it was called"
     calls.append((len(p), lr, step, do_wd))
     return {'step': step+1}
@@ -91,7 +91,6 @@ class Logged:
         return self.func(p, **kwargs)
 
 def test_wrapped_steppers_get_one_tensor():
-    @functools.wraps(sgd_step)
     def wrapped(p, **kwargs):
         p.data.add_(1.)
         return sgd_step(p, **kwargs)
@@ -100,15 +99,16 @@ def test_wrapped_steppers_get_one_tensor():
     opt.step()
     assert logged.n == 2 and ps[1].tolist() == pytest.approx([2., 3.])
 
-@stepper
-def replaces(p, avg=None, **kwargs):
+@stepper(state=dict(avg=torch.zeros_like))
+def replaces(p, grad, avg, **kwargs):
     "Puts new tensors into the list it was given"
-    if avg is None: avg = [torch.zeros_like(o) for o in p]
-    for i,o in enumerate(p): avg[i] = avg[i]*.5 + o.grad
+    for i,g in enumerate(grad): avg[i] = avg[i]*.5 + g
     return {'avg': avg}
 
-@stepper
-def returns_tuple(p, avg=None, **kwargs): return {'avg': tuple(torch._foreach_add(grads(p) if avg is None else avg, 1.))}
+@stepper()
+def returns_tuple(p, grad, avg=None, **kwargs):
+    "State that is not declared is kept too"
+    return {'avg': tuple(torch._foreach_add(grad if avg is None else avg, 1.))}
 
 @pytest.mark.parametrize('cls', (stock.Optimizer, MultiTensorOptimizer))
 @pytest.mark.parametrize('cb,expected', [(replaces, [1.75, 3.5]), (returns_tuple, [4., 5.])])
@@ -125,6 +125,98 @@ def test_state_that_differs_in_kind():
     b = stock.Larc(theirs, lr=.1)
     for _ in range(5): a.step(); b.step()
     for o,t in zip(ours, theirs): assert torch.allclose(o, t, atol=1e-14)
+
+def test_a_stepper_without_p_and_grad():
+    with pytest.raises(TypeError, match='the first two parameters of a stepper are `p` and `grad`, step has p, lr'):
+        @stepper()
+        def step(p, lr, **kwargs): pass
+
+def test_gradients_are_values():
+    "What a stepper returns as `grad`, the next ones get, whatever their kind; nobody writes to `p.grad`"
+    seen = []
+    @stepper()
+    def double(p, grad, **kwargs): return dict(grad=torch._foreach_mul(grad, 2.))
+    @stepper(scope='all')
+    def add_one(p, grad, **kwargs): return dict(grad=torch._foreach_add(grad, 1.))
+    def look(p, **kwargs): seen.append(p.grad.tolist())
+    def replace(p, **kwargs): p.grad = p.grad*10
+    ps = [param(0., 0., grad=[1., 2.]), param(0., grad=[3.])]
+    kept = [p.grad for p in ps]
+    MultiTensorOptimizer(ps, [double, look, double, add_one, replace, double, sgd_step], lr=1.).step()
+    assert seen == [[2, 4], [6]] and [p.tolist() for p in ps] == [[-100, -180], [-260]]
+    assert all(p.grad is g for p,g in zip(ps, kept)) and [g.tolist() for g in kept] == [[1, 2], [3]]
+
+@pytest.mark.parametrize('cls', (stock.Optimizer, MultiTensorOptimizer))
+def test_declared_state(cls):
+    "starts before the first update, in whichever optimizer"
+    @stepper(state=dict(first=torch.clone, n=3, at_times=None))
+    def count(p, grad, first, n, at_times=None, **kwargs):
+        torch._foreach_sub_(p, 1.)
+        return dict(n=n+1)
+    p = param(1., 2.)
+    opt = cls([p], count, lr=.1)
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    assert opt.state[p]['first'].tolist() == [1, 2] and opt.state[p]['n'] == 5 and 'at_times' not in opt.state[p] and p.tolist() == [-1, 0]
+
+def test_restart():
+    "drops what is anchored to the weights, and nothing else"
+    p,q = param(1., 2.), param(3.)
+    opt = ranger_kahan([p.bfloat16().detach(), q.bfloat16().detach()], lr=.1)
+    ps = opt.param_lists[0]
+    for _ in range(7):
+        for o in ps: o.grad = torch.ones_like(o)
+        opt.step()
+    opt.restart()
+    assert set(opt.state[ps[0]]) == {'step', 'grad_avg', 'sqr_avg'} and opt.state[ps[0]]['step'] == 7
+    ps[0].fill_(9.)
+    opt.set_hyper('lr', 0.)
+    for _ in range(7): opt.step()
+    assert ps[0].tolist() == [9, 9] and opt.state[ps[0]]['slow_step'] == 7
+
+@pytest.mark.parametrize('dtype', (torch.float64, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize('opt_func', (ranger, lookahead(torch.optim.SGD), ranger_kahan))
+def test_another_default_dtype(opt_func, dtype):
+    p = torch.nn.Parameter(torch.ones(3))
+    torch.set_default_dtype(dtype)
+    try:
+        opt = opt_func([p], lr=.1)
+        for _ in range(7):
+            p.grad = torch.ones_like(p)
+            opt.step()
+        opt.sync()
+    finally: torch.set_default_dtype(torch.float32)
+    assert p.isfinite().all() and (p < 1).all()
+
+@pytest.mark.parametrize('opt_func', (ranger, RAdam, lookahead(torch.optim.SGD), lookahead(stock.SGD)))
+@pytest.mark.parametrize('kind', ['sparse', 'float64'])
+def test_a_gradient_that_turns_bad_later(opt_func, kind):
+    "is refused at the third step, before the first group has moved"
+    good,bad = torch.nn.Parameter(torch.ones(2)),torch.nn.Parameter(torch.ones(3, 2))
+    opt = opt_func([[good], [bad]], lr=.1)
+    for _ in range(2):
+        for p in (good, bad): p.grad = torch.ones_like(p)
+        opt.step()
+    before = good.tolist()
+    if kind=='sparse': bad.grad = torch.ones(3, 2).to_sparse()
+    else:
+        bad.grad = None
+        bad.grad_dtype = None
+        bad.grad = torch.ones(3, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match='cannot step parameter 0 of group 1'): opt.step()
+    assert good.tolist() == before
+
+def test_sync_right_after_another_dtype():
+    model = torch.nn.Linear(2, 2)
+    opt = ranger(model.parameters(), lr=.1)
+    for _ in range(3):
+        for p in model.parameters(): p.grad = torch.ones_like(p)
+        opt.step()
+    opt.zero_grad()
+    model.double()
+    opt.sync()
+    assert all(torch.equal(p, opt.state[p]['slow']) for p in model.parameters())
 
 def test_missing_gradients_and_empty_groups():
     a,b = param(1.), param(1.)

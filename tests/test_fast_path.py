@@ -1,14 +1,14 @@
-"The step is fast because it keeps its buckets, works in pieces and allocates nothing; here it is held to the plain chain while everything changes"
+"The step is fast because it keeps its buckets, works in chunks and allocates nothing; here it is held to the plain chain while everything changes"
 import copy, weakref
 from functools import partial
 
 import fastai.optimizer as stock
 import pytest
 import torch
-from fastai_ranger import lookahead as lookahead_module, radam
+from fastai_ranger import kernels, lookahead as lookahead_module, radam
 from fastai_ranger.all import *
 from fastai_ranger.lab.bench import memory
-from fastai_ranger.lookahead import _follow
+from fastai_ranger.kernels import chunks, follow
 from hypothesis import given, settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,7 +18,7 @@ hypers = dict(lr=1e-2, mom=.95, sqr_mom=.99, wd=.1, eps=1e-6, beta=0.)
 class Forgetful(MultiTensorOptimizer):
     "Makes its buckets anew for each step"
     def buckets(self):
-        self._forget()
+        self._last = None
         return super().buckets()
 
 def plain(params): return Forgetful(params, [slow_weights, *chain, lookahead_step], **hypers)
@@ -60,7 +60,7 @@ changes = dict(
     regrouped      = (False, lambda o, g: setattr(o, 'param_lists', type(o.param_lists)([g[0][:1], g[0][1:]+g[1]]))),
     other_object   = (False, lambda o, g: (g[0].__setitem__(0, torch.nn.Parameter(g[0][0].data)), setattr(o, 'param_lists', type(o.param_lists)(g)))),
     slow           = (False, lambda o, g: o.to_slow()),
-    weights        = (False, lambda o, g: [p.add_(1) for h in g for p in h]),
+    weights        = (True, lambda o, g: [p.add_(1) for h in g for p in h]),
 )
 
 @pytest.mark.parametrize('name', list(changes))
@@ -180,8 +180,8 @@ lists = st.lists(st.lists(st.tuples(kinds, st.sampled_from([torch.float64, torch
 @pytest.mark.parametrize('n', (5, 2**20))
 @pytest.mark.parametrize('decouple_wd,beta', [(True, 0.), (False, 0.), (True, 3.)])
 def test_any_tensors(n, decouple_wd, beta, monkeypatch):
-    "Groups of some, one or no parameters, of any shape, type and layout, some not decayed, whose gradients are missing now and then; whole or in `pieces`"
-    for module in (lookahead_module, radam): monkeypatch.setattr(module, 'pieces', partial(pieces, n=n))
+    "Groups of some, one or no parameters, of any shape, type and layout, some not decayed, whose gradients are missing now and then; whole or in `chunks`"
+    for module in (lookahead_module, radam): monkeypatch.setattr(module, 'chunks', partial(chunks, n=n))
     cbs = [slow_weights, *(chain if decouple_wd else [l2_reg, *chain[1:]]), lookahead_step]
     @settings(max_examples=25, deadline=None)
     @given(lists, st.lists(st.floats(1e-4, 1e-2), min_size=3, max_size=3))
@@ -223,11 +223,11 @@ def test_tied_parameters():
 
 @given(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6), st.integers(1, 40))
 @settings(max_examples=60, deadline=None)
-def test_pieces(shapes, n):
-    "Every number is in one piece, once, and pieces are no larger than they must be"
+def test_chunks(shapes, n):
+    "Every number is in one chunk, once, and chunks are no larger than they must be"
     ts = [torch.zeros(s) for s in shapes]
     last = n+1
-    for a,b in pieces(ts, [t.clone() for t in ts], n=n):
+    for a,b in chunks(ts, [t.clone() for t in ts], n=n):
         assert [o.shape for o in a] == [o.shape for o in b] and last+a[0].numel() > n
         last = sum(o.numel() for o in a)
         torch._foreach_add_(a, 1.)
@@ -243,7 +243,7 @@ def large(n=2):
 
 @pytest.mark.parametrize('opt_func', (ranger, partial(ranger, decouple_wd=False), RAdam, partial(ranger, unrectified='skip')))
 def test_a_step_allocates_nothing(opt_func):
-    "but for a count and a few numbers to know the weights by, from the second step on; rectified, unrectified and synchronising"
+    "but for a count, from the second step on; rectified, unrectified and synchronising"
     opt = opt_func(large(), lr=1e-3)
     opt.step()
     def steps():
@@ -253,7 +253,7 @@ def test_a_step_allocates_nothing(opt_func):
     kept,most = memory(steps)
     assert max(kept, most) < 2048
 
-def test_a_softplus_takes_two_pieces():
+def test_a_softplus_takes_two_chunks():
     ps = large(4)
     opt = ranger(ps, lr=1e-3, beta=2.)
     for _ in range(7): opt.step()
@@ -298,13 +298,13 @@ def test_nothing_waits_for_a_gpu(opt_func, monkeypatch):
     assert opt.state[ps[0]]['step'] == 14 and len(called) == (0 if opt_func in (RAdam, ranger_kahan) else 2)
 
 def test_one_kernel_for_what_is_alike_in_memory(monkeypatch):
-    "On a GPU, the kernel refuses what is not; and nothing is cut in pieces"
+    "On a GPU, the kernel refuses what is not; and nothing is cut in chunks"
     called = []
     monkeypatch.setattr(torch, '_fused_sgd_', lambda *args, **kwargs: called.append(1))
     with FakeTensorMode():
         p,slow = ([torch.empty(2000, 2000, device='cuda')] for _ in range(2))
-        for alike in False,True: lookahead_module._synchronise(p, slow, .5, alike)
-        assert len(pieces(p, slow)) == 1
+        for to in [torch.empty(2000, 2000, device='cuda').t()],p: lookahead_module._synchronise(to, slow, .5)
+        assert len(chunks(p, slow)) == 1
     assert len(called) == 1
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -331,7 +331,7 @@ def test_synchronisation_in_one_kernel(alpha):
     torch.manual_seed(7)
     slow,p = ([torch.randn(s, dtype=torch.float64) for s in ((3, 4), (0,), ())] for _ in range(2))
     expected = torch._foreach_lerp(slow, p, alpha)
-    _follow(p, slow, alpha)
+    follow(p, slow, alpha)
     assert same([slow], [expected], 1e-15)
 
 @pytest.mark.parametrize('bad', (float('nan'), float('inf'), -float('inf')))
@@ -339,5 +339,5 @@ def test_synchronisation_in_one_kernel_keeps_what_is_not_finite_out(bad):
     slow,p = ([torch.ones(3), torch.ones(2)] for _ in range(2))
     p[1][1] = bad
     p[0].fill_(5.)
-    _follow(p, slow, .5)
+    follow(p, slow, .5)
     assert all((o==1).all() for o in slow)

@@ -117,6 +117,7 @@ def test_other_weights_begin_anew():
     opt = ranger_kahan([p], lr=1e-3)
     go(opt, p, 9)
     with torch.no_grad(): p.copy_(start(seed=1))
+    opt.restart()
     p.grad = torch.zeros_like(p)
     before = p.detach().clone()
     opt.set_hyper('lr', 0.)

@@ -405,12 +405,22 @@ def test_a_series_of_changes_is_training(f):
         opt.step()
         with torch.no_grad():
             for p in (a, b): p.clamp_(min=-.3)
-    assert min(opt.state[p]['slow_step'] for p in (a, b)) >= 18 and a.item() == b.item() > -.31
+    assert min(opt.state[p]['slow_step'] for p in (a, b)) == 20 and a.item() == b.item() > -.31
     with torch.no_grad():
         for p in (a, b): p.fill_(9.) # in the midst of the series, other weights
+    opt.restart()
     opt.set_hyper('lr', 0.)
     for _ in range(6): opt.step()
     assert a.item() == b.item() == 9
+
+@pytest.mark.parametrize('hypers,match', [(dict(lr=.5, k=0), '`k` must be'), (dict(lr=-1), '`lr` must be'), (dict(k=4, mom=7), '`mom` must be')])
+def test_hypers_of_both_are_set_together_or_not_at_all(hypers, match):
+    opt = lookahead(partial(torch.optim.SGD, momentum=.9))([param(1.)], lr=.1)
+    before = opt.hypers
+    with pytest.raises(ValueError, match=match): opt.set_hypers(**hypers)
+    assert opt.hypers == before
+    opt.set_hypers(lr=.5, k=4, mom=.8)
+    assert {k: opt.hypers[0][k] for k in ('lr', 'k', 'mom')} == dict(lr=.5, k=4, mom=.8)
 
 @pytest.mark.filterwarnings('ignore')
 def test_skipped_steps_touch_nothing():

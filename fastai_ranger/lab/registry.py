@@ -17,7 +17,8 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import defaults
 from fastcore.meta import delegates
 from .twins import twins
-from ..family import *
+from ..variants import *
+from ..ranger_2021 import *
 from ..kahan import ranger_kahan
 from ..radam import RAdam
 from ..optimizer import ranger

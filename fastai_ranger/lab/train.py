@@ -12,7 +12,7 @@ from time import perf_counter
 import fastai.vision.models.xresnet as xresnet
 from fastai.vision.all import *
 from .data import *
-import fastai_ranger.callback,fastai_ranger.schedule # a `start_epoch` for `fit_flat_cos`, `Learner.fit_ranger21`
+import fastai_ranger.learner # a `start_epoch` for `fit_flat_cos`, `Learner.fit_ranger21`
 
 # %% ../../nbs/lab/01_train.ipynb #5455f528
 def _fit_warm(learn, n_epoch, lr, start_epoch=0):

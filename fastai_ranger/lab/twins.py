@@ -11,7 +11,7 @@ import torch
 import fastai.optimizer as stock
 from functools import partial
 from torch.nn import functional as F
-from ..family import fastai_hypers
+from ..variants import fastai_hypers
 from ..radam import rectify
 
 # %% ../../nbs/lab/02_twins.ipynb #809d83ee

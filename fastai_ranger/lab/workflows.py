@@ -28,7 +28,8 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import apply_init,params,set_seed
 from fastai.vision.gan import GANLearner
 from torch import nn
-from ..callback import SlowWeights,_fit_flat_cos,_lr_find
+from ..callback import SlowWeights
+from ..learner import fit_flat_cos_of_fastai,lr_find_of_fastai
 from .data import cnn,digits_dls
 from ..optimizer import ranger
 
@@ -106,10 +107,11 @@ def load_state_dict(opt_func):
     fit(learn).model.load_state_dict(start)
     return stand_still(learn)
 
-@workflow("`apply_init`", "move in 6 updates at rate 0", zero)
+@workflow("`apply_init`, then `opt.restart()`", "move in 6 updates at rate 0", zero)
 def init(opt_func):
     learn = fit(digits_learner(opt_func))
     apply_init(learn.model)
+    if opt_func is ranger: learn.opt.restart() # fastai's has nothing of the kind
     return stand_still(learn)
 
 # %% ../../nbs/lab/07_workflows.ipynb #a7128f37
@@ -291,7 +293,7 @@ def k_per_group(opt_func):
 
 @workflow("`fit_flat_cos(3, start_epoch=2)`", "batches trained, of 24", lambda n: n==8)
 def start_epoch(opt_func):
-    return len(fit(digits_learner(opt_func), 3, method=Learner.fit_flat_cos if opt_func is ranger else _fit_flat_cos, start_epoch=2).recorder.lrs)
+    return len(fit(digits_learner(opt_func), 3, method=Learner.fit_flat_cos if opt_func is ranger else fit_flat_cos_of_fastai, start_epoch=2).recorder.lrs)
 
 @workflow("`lr_find`, twice, after a fit", "what it leaves changed", lambda x: x=='nothing')
 def find_lr(opt_func):
@@ -305,7 +307,7 @@ def find_lr(opt_func):
         return all(map(same, a, b)) if isinstance(a, list) else a==b
     before = now()
     with learn.no_bar(), learn.no_logging():
-        for _ in range(2): (Learner.lr_find if opt_func is ranger else _lr_find)(learn, num_it=10, suggest_funcs=None, show_plot=False)
+        for _ in range(2): (Learner.lr_find if opt_func is ranger else lr_find_of_fastai)(learn, num_it=10, suggest_funcs=None, show_plot=False)
     return ', '.join(k for k,v in now().items() if not same(v, before[k])) or 'nothing'
 
 # %% ../../nbs/lab/07_workflows.ipynb #5200f677
