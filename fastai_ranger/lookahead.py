@@ -70,7 +70,7 @@ def _slow(self:MultiTensorOptimizer):
     if not self.has_slow_weights: raise ValueError("this optimizer keeps no slow weights: a stepper such as `slow_weights` is missing")
     settled = merge(*(o for _,o in self.calls))
     res = [(p, s, {**settled, **h}) for p,_,s,h in self.all_params() if 'slow' in s and (p.requires_grad or not isinstance(p, Parameter))]
-    for p,s,_ in res: self._start_state(p, s)
+    self._start_state([(p, s) for p,s,_ in res])
     return res
 
 # %% ../nbs/05_lookahead.ipynb #97926b9f
