@@ -21,7 +21,8 @@ class SlowWeights(Callback):
         "`ValueError` if the optimizer keeps no slow weights"
         self.trained,self.visiting = False,getattr(self, 'visiting', False)
         if self.opt is not None and not getattr(self.opt, 'has_slow_weights', False):
-            raise ValueError(f"`SlowWeights` needs an `opt_func` that keeps slow weights, such as `fastai_ranger.ranger`, got a {type(self.opt).__name__} that keeps none")
+            raise ValueError("`SlowWeights` needs an `opt_func` that keeps slow weights, such as `fastai_ranger.ranger`, "
+                f"got a {type(self.opt).__name__} that keeps none")
 
     def before_train(self):
         self.trained,self.visiting = True,False

@@ -10,51 +10,60 @@ from copy import deepcopy
 from fastcore.all import L
 from numbers import Integral
 from torch import Tensor
+from warnings import warn
+from .stepper import *
 
 # %% ../nbs/02_checkpoint.ipynb #69f18dda
-def check_value(
-    name, # Of the state
-    where, # Of the parameter, for the message
-    v, # Value in the checkpoint
-    like # What it should be like: a tensor, or a number
-):
-    "`ValueError` unless `v` is a floating-point tensor of the shape of `like`, or, as `like`, a whole number"
+def check_value(name, where, v, like):
+    "`ValueError` unless `v`, the state `name` of parameter `where`, is as `like`: a floating-point tensor of its shape, or a whole number"
     if not isinstance(like, Tensor):
         if isinstance(v, Integral) and not isinstance(v, bool) and v >= 0: return
         raise ValueError(f"`{name}` of {where} must be a whole number from 0 on, the checkpoint has {v!r}")
     if not isinstance(v, Tensor) or not v.is_floating_point():
-        raise ValueError(f"`{name}` of {where} must be a floating-point tensor, the checkpoint has {f'one of {v.dtype}' if isinstance(v, Tensor) else repr(v)}")
+        has = f"one of {v.dtype}" if isinstance(v, Tensor) else repr(v)
+        raise ValueError(f"`{name}` of {where} must be a floating-point tensor, the checkpoint has {has}")
     if v.shape != like.shape: raise ValueError(f"`{name}` of {where} has shape {tuple(v.shape)}, the parameter has {tuple(like.shape)}")
 
 # %% ../nbs/02_checkpoint.ipynb #176deeaf
 _notes = {'replaced', 'edits', 'edited'} # of version 0.1
+
+def _fit(opt, sd):
+    if not isinstance(sd, dict) or not {'state', 'hypers'} <= set(sd):
+        has = f"has {sorted(map(str, sd))}" if isinstance(sd, dict) else f"is a {type(sd).__name__}"
+        raise ValueError(f"a fastai optimizer's checkpoint has `state` and `hypers`, this one {has}")
+    for k in ('state', 'hypers'):
+        if not isinstance(sd[k], (list,tuple,L)) or not all(isinstance(o, dict) for o in sd[k]):
+            raise ValueError(f"`{k}` of a checkpoint must be a list of dicts, got {type(sd[k]).__name__}")
+    named = opt.named_params()
+    for what,n,found in (('parameter groups', len(opt.hypers), len(sd['hypers'])), ('parameters', len(named), len(sd['state']))):
+        if found != n: raise ValueError(f"the checkpoint has {found} {what}, this optimizer has {n}")
+    hypers = [{**old, **new} for old,new in zip(opt.hypers, sd['hypers'])]
+    for h in hypers:
+        for k,v in h.items(): opt.check_hyper(k, v)
+    together = [{k for k,o in f.state.items() if o is not None and (k in f.anchored)==anchored} for f,_ in opt.calls for anchored in (True, False)]
+    states,needed,found = [],set(),set()
+    for (where,p),new in zip(named, sd['state']):
+        fresh = start_state(opt.starts, p)
+        likes = {k: fresh.get(k, p) for k in opt.starts.keys() & new.keys()}
+        for k,like in likes.items(): check_value(k, where, new[k], like)
+        drop = {k for ks in together for k in ks if not ks <= set(new)} | _notes | (opt.anchored if new.get('replaced') else set())
+        if 'step' in drop: drop |= set(opt.starts) # averages mean nothing without it
+        def take(k, v):
+            if not isinstance(v, Tensor): return deepcopy(v)
+            return v.detach().to(p.device, likes[k].dtype if k in likes else v.dtype, copy=True)
+        kept = {k: v for k,v in opt.state[p].items() if k in opt._keep_on_clear}
+        states.append({**kept, **{k: take(k, v) for k,v in new.items() if k not in drop}})
+        needed |= set(fresh)
+        found |= set(new)-drop
+    trained = {k for s in sd['state'] for k in s} - set(opt._keep_on_clear)
+    return hypers,states,[k for k in opt.starts if k in needed-found] if trained else []
 
 def fit_checkpoint(
     opt, # Optimizer
     sd # `state_dict` of this optimizer, or of any of fastai's
 )->tuple: # Hypers, states, and names of the state that `sd` lacks
     "What `sd` holds, as `opt` would have it; `ValueError` if it does not fit. Nothing is changed"
-    if not isinstance(sd, dict) or not {'state', 'hypers'} <= set(sd):
-        raise ValueError(f"a fastai optimizer's checkpoint has `state` and `hypers`, this one {f'has {sorted(map(str, sd))}' if isinstance(sd, dict) else f'is a {type(sd).__name__}'}")
-    for k in ('state', 'hypers'):
-        if not isinstance(sd[k], (list,tuple,L)) or not all(isinstance(o, dict) for o in sd[k]): raise ValueError(f"`{k}` of a checkpoint must be a list of dicts, got {type(sd[k]).__name__}")
-    named = [(f"parameter {j} of group {i}", p) for i,pg in enumerate(opt.param_lists) for j,p in enumerate(pg)]
-    for what,n,found in (('parameter groups', len(opt.hypers), len(sd['hypers'])), ('parameters', len(named), len(sd['state']))):
-        if found != n: raise ValueError(f"the checkpoint has {found} {what}, this optimizer has {n}")
-    hypers = [{**old, **new} for old,new in zip(opt.hypers, sd['hypers'])]
-    for h in hypers:
-        for k,v in h.items(): opt.check_hyper(k, v)
-    states,needed,found = [],{},set()
-    for (where,p),new in zip(named, sd['state']):
-        fresh = opt.fresh_state(p)
-        needed.update(fresh)
-        likes = {k: fresh.get(k, p) for k in opt.starts.keys() & new.keys()}
-        for k,like in likes.items(): check_value(k, where, new[k], like)
-        drop = {k for ks in opt.complete_sets() for k in ks if not ks <= set(new)} | _notes | (opt.anchored if new.get('replaced') else set())
-        if 'step' in drop: drop |= set(opt.starts) # averages mean nothing without it
-        def take(k, v): return v.detach().to(p.device, likes[k].dtype if k in likes else v.dtype, copy=True) if isinstance(v, Tensor) else deepcopy(v)
-        kept = {k: v for k,v in opt.state[p].items() if k in opt._keep_on_clear}
-        states.append({**kept, **{k: take(k, v) for k,v in new.items() if k not in drop}})
-        found |= set(new)-drop
-    trained = {k for s in sd['state'] for k in s} - set(opt._keep_on_clear)
-    return hypers,states,[k for k in opt.starts if k in needed and k not in found] if trained else []
+    try: return _fit(opt, sd)
+    except ValueError as e:
+        warn(str(e)) # `Learner.load` swallows the error
+        raise

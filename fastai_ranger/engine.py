@@ -10,7 +10,7 @@ import math,torch
 from collections import defaultdict
 from fastcore.all import L,merge
 from fastai.optimizer import Optimizer
-from itertools import chain,groupby,product,repeat
+from itertools import chain,groupby,product
 from operator import is_
 from torch import Tensor
 from warnings import warn
@@ -26,21 +26,19 @@ def _same(a, b):
 
 class Bucket:
     "Parameters that are treated alike, with their states"
-    def __init__(self, group): self.group,self.params,self.states,self.found = group,[],[],None
+    def __init__(self, group, params, states):
+        self.group,self.params,self.states = group,params,states
+        self.found,n = self._objects(),len(states[0])
+        self.values = {k: v if isinstance(v, _plain) else self.found[i::n] for i,(k,v) in enumerate(states[0].items())}
+        lists = [[p.grad for p in params], *(o for o in self.values.values() if isinstance(o, list) and all(isinstance(t, Tensor) for t in o))]
+        self.alike = all(strides(o)==strides(params) for o in lists)
 
-    def read(self):
-        "Take over what `states` hold"
-        self.found,n = self._look(),len(self.states[0])
-        self.values = {k: v if isinstance(v, _plain) else self.found[i::n] for i,(k,v) in enumerate(self.states[0].items())}
-        lists = [[p.grad for p in self.params], *(o for o in self.values.values() if isinstance(o, list) and all(isinstance(t, Tensor) for t in o))]
-        self.alike = all(strides(o)==strides(self.params) for o in lists)
-
-    def _look(self): return list(chain.from_iterable(map(dict.values, self.states)))
+    def _objects(self): return list(chain.from_iterable(map(dict.values, self.states)))
 
     @property
     def is_current(self):
         "Do `states` hold what this bucket has put there?"
-        return self.found is not None and _same(self._look(), self.found)
+        return _same(self._objects(), self.found)
 
     def run(self, calls, hyper, grad):
         "Call each stepper once for all `params`, store the state they return, and return the gradients they leave"
@@ -60,14 +58,19 @@ class Bucket:
         for s,o in zip(self.states, each):
             if o is None: s.pop(k, None)
             else: s[k] = o
-        i = list(self.values).index(k) if k in self.values else -1
-        if i >= 0 and v is not None and isinstance(v, _plain):
+        if k in self.values and v is not None and isinstance(v, _plain):
             self.values[k] = v
-            self.found[i::len(self.values)] = each
+            self.found[list(self.values).index(k)::len(self.values)] = each
 
 # %% ../nbs/03_engine.ipynb #8e3731fd
-_dtypes = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 most_numbers = 2**24 # in a bucket on a CPU, about: what a stepper allocates for it stays small
+
+def _check_grad(name, p):
+    "`ValueError` unless `p` and its gradient can be stepped"
+    g = p.grad
+    if g.layout is torch.strided and g.dtype is p.dtype and p.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64): return
+    raise ValueError(f"cannot step {name}, shape {tuple(p.shape)}: its dtype is {p.dtype}, its gradient's {g.dtype} ({g.layout}); "
+        "both must be dense and of one dtype: float16, bfloat16, float32 or float64")
 
 class MultiTensorOptimizer(Optimizer):
     "An `Optimizer` that calls each stepper of `cbs` once for all parameters that are treated alike"
@@ -102,6 +105,9 @@ class MultiTensorOptimizer(Optimizer):
         self.__dict__.update(d)
         self._declare(self.cbs)
 
+    def named_params(self)->list: # What to call each parameter in a message, and the parameter
+        return [(f"parameter {j} of group {i}", p) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)]
+
     # Hypers
 
     def check_hyper(self, k, v):
@@ -132,65 +138,46 @@ class MultiTensorOptimizer(Optimizer):
 
     def buckets(self)->list: # `Bucket`s, in the order of their first parameters
         "The parameters that have a gradient, in buckets: those of the last step, as long as nothing they depend on changes"
-        seen = self._see()
-        if self._last:
-            last,states,buckets = self._last
-            if seen==last and _same(list(self.state.values()), states) and all(o.is_current for o in buckets): return buckets
-        buckets = self._build_buckets()
-        self._last = seen,list(self.state.values()),buckets
-        return buckets
+        now,last = self._fingerprint(),self._last
+        if not (last and now==last[0] and _same(list(self.state.values()), last[1]) and all(o.is_current for o in last[2])):
+            buckets = self._build_buckets()
+            self._last = now,list(self.state.values()),buckets
+        return self._last[2]
 
-    def _see(self):
+    def _fingerprint(self):
         "What the buckets depend on, besides state"
-        hypers,ps = list(self.hypers),[p for pg in self.param_lists for p in pg]
-        gs = [p.grad for p in ps]
-        if any(map(is_, gs, repeat(None))):
-            ps = [p for p,g in zip(ps, gs) if g is not None]
-            gs = [p.grad for p in ps]
-        return [hypers.index(o) for o in hypers],[len(o) for o in self.param_lists],list(map(id, ps)),list(map(Tensor.data_ptr, ps)),[o.dtype for o in ps+gs],strides(ps+gs)
+        hypers,pairs = list(self.hypers),[(p, g) for pg in self.param_lists for p in pg if (g := p.grad) is not None]
+        ps,both = [p for p,_ in pairs],list(chain.from_iterable(pairs))
+        groups = [(hypers.index(h), len(pg)) for pg,h in zip(self.param_lists, hypers)]
+        return groups,[(id(p), p.data_ptr()) for p in ps],[o.dtype for o in both],strides(both)
 
     def _build_buckets(self):
+        for name,p in self.named_params():
+            if p.grad is not None: _check_grad(name, p)
         hypers,res,current,sizes = list(self.hypers),[],{},{}
-        for i,pg in enumerate(self.param_lists):
-            for j,p in enumerate(pg):
-                if p.grad is not None: self._check_grad(p, f"parameter {j} of group {i}")
-        self._start_state([(p, self.state[p]) for pg in self.param_lists for p in pg if p.grad is not None])
-        for pg,hyper in zip(self.param_lists, hypers):
-            group = hypers.index(hyper)
-            for p in pg:
-                if p.grad is None: continue
-                state = self.state[p]
-                plain = tuple((k,v) if isinstance(v, _plain) else (k,) for k,v in state.items())
-                key = group,p.device,p.dtype,plain
-                if key not in current or p.is_cpu and sizes[key]+p.numel() > most_numbers:
-                    current[key],sizes[key] = Bucket(group),0
-                    res.append(current[key])
-                sizes[key] += p.numel()
-                current[key].params.append(p)
-                current[key].states.append(state)
-        for o in res: o.read()
-        return res
-
-    def _check_grad(self, p, name):
-        "`ValueError` unless `p` and its gradient can be stepped"
-        g = p.grad
-        if g.layout is torch.strided and g.dtype is p.dtype and p.dtype in _dtypes: return
-        raise ValueError(f"cannot step {name}, shape {tuple(p.shape)}: its dtype is {p.dtype}, its gradient's {g.dtype} ({g.layout}); "
-            "both must be dense and of one dtype: float16, bfloat16, float32 or float64")
+        rows = [(hypers.index(h), p, self.state[p]) for pg,h in zip(self.param_lists, hypers) for p in pg if p.grad is not None]
+        self._start_state([(p, state) for _,p,state in rows])
+        for group,p,state in rows:
+            plain = tuple((k,v) if isinstance(v, _plain) else (k,) for k,v in state.items())
+            key = group,p.device,p.dtype,plain
+            if key not in current or p.is_cpu and sizes[key]+p.numel() > most_numbers:
+                current[key],sizes[key] = (group, [], []),0
+                res.append(current[key])
+            _,params,states = current[key]
+            params.append(p)
+            states.append(state)
+            sizes[key] += p.numel()
+        return [Bucket(*o) for o in res]
 
     def _start_state(self, rows):
         "Of each parameter and its state, start what the state lacks, and move what it has to where the parameter is now, as after `model.double()`"
-        for (k,start),(p,state) in product(self.starts.items(), rows): # by name: with all of one kind side by side in memory, a step on large tensors is 5% faster
+        for (k,start),(p,state) in product(self.starts.items(), rows): # by name: one kind side by side in memory makes large steps 5% faster
             v = state.get(k)
             if v is None and (new := start_value(start, p)) is not None: state[k] = new
             elif isinstance(v, Tensor) and (v.dtype,v.device) != (p.dtype,p.device):
                 new = start_value(start, p)
                 if new is None and start: del state[k] # not kept for such a parameter
                 else: state[k] = v.to(p.device, p.dtype if new is None else new.dtype)
-
-    def fresh_state(self, p):
-        "The state with which the steppers start on `p`"
-        return {k: v for k,o in self.starts.items() if (v := start_value(o, p)) is not None}
 
     # The step
 
@@ -212,9 +199,9 @@ class MultiTensorOptimizer(Optimizer):
         "Call each stepper once, with a list of each state and hyper"
         rows = list(self.all_params(with_grad=True))
         for f,settled in calls if rows else []:
-            each = [{**s, **settled, **h} for _,_,s,h in rows]
-            res = f.f([o[0] for o in rows], [changed.get(o[0], o[0].grad) for o in rows], **{k: [o.get(k) for o in each] for k in merge(*each)}) or {}
-            if 'grad' in res: changed.update(zip([o[0] for o in rows], res.pop('grad')))
+            each,ps = [{**s, **settled, **h} for _,_,s,h in rows],[o[0] for o in rows]
+            res = f.f(ps, [changed.get(p, p.grad) for p in ps], **{k: [o.get(k) for o in each] for k in merge(*each)}) or {}
+            if 'grad' in res: changed.update(zip(ps, res.pop('grad')))
             for k,vs in res.items():
                 for (_,_,s,_),v in zip(rows, vs): s[k] = v
 
@@ -235,8 +222,7 @@ class MultiTensorOptimizer(Optimizer):
 
     def zero_grad(self):
         "Drop all gradients"
-        for pg in self.param_lists:
-            for p in pg: p.grad = None
+        for p in chain(*self.param_lists): p.grad = None
 
     def clear_state(self):
         "Drop all state but `force_train` and `do_wd`"
@@ -245,42 +231,25 @@ class MultiTensorOptimizer(Optimizer):
 
     def restart(self):
         "Begin anew from the weights there are now: drop the state that means nothing without those it was made for"
-        for pg in self.param_lists:
-            for p in pg:
-                for k in self.anchored: self.state[p].pop(k, None)
+        for _,_,state,_ in self.all_params():
+            for k in self.anchored: state.pop(k, None)
         self._last = None
 
-    def freeze_to(self,
-        n:int # Number of parameter groups to freeze; if negative, number of groups at the end to leave trainable
-    ):
-        "Freeze the first parameter groups, but for what is always to be trained (`force_train`)"
+    def freeze_to(self, n:int):
+        "Freeze the first `n` groups (all but the last `-n`, if it is negative), but for what is always to be trained (`force_train`)"
         super().freeze_to(n)
-        for pg in self.param_lists:
-            for p in pg:
-                if not p.requires_grad: p.grad = None
+        for p in chain(*self.param_lists):
+            if not p.requires_grad: p.grad = None
 
     def state_dict(self):
         "State of each parameter and hypers of each group; what `restart` has dropped is there as it will start"
-        def whole(p, s):
-            if not set(s)-set(self._keep_on_clear): return s
-            return {**{k: v for k in self.anchored-set(s) if (v := start_value(self.starts[k], p)) is not None}, **s}
+        anchored = {k: self.starts[k] for k in self.anchored}
+        def whole(p, s): return {**start_state(anchored, p, s), **s} if set(s)-set(self._keep_on_clear) else s
         return dict(state=[whole(p, s) for p,_,s,_ in self.all_params()], hypers=self.hypers)
 
-    def complete_sets(self):
-        "Names of state that mean something only together: for each stepper what is anchored, and what is not"
-        for f,_ in self.calls:
-            names = {k for k,o in f.state.items() if o is not None}
-            yield names & set(f.anchored)
-            yield names - set(f.anchored)
-
-    def load_state_dict(self,
-        sd:dict # `state_dict` of this optimizer, or of any of fastai's
-    ):
-        "Take over hypers and state from `sd`, which stays as it is; `ValueError`, and nothing is changed, if it does not fit"
-        try: hypers,states,lacks = fit_checkpoint(self, sd)
-        except ValueError as e:
-            warn(str(e)) # `Learner.load` swallows the error
-            raise
+    def load_state_dict(self, sd:dict):
+        "Take over hypers and state from a copy of `sd`, of any optimizer of fastai; `ValueError`, and nothing is changed, if it does not fit"
+        hypers,states,lacks = fit_checkpoint(self, sd)
         if lacks: warn(f"the checkpoint has no {', '.join(f'`{o}`' for o in lacks)}: started anew")
         self.hypers,self._last = L(hypers),None
-        self.state = defaultdict(dict, zip([p for pg in self.param_lists for p in pg], states))
+        self.state = defaultdict(dict, zip(chain(*self.param_lists), states))

@@ -19,13 +19,8 @@ def _lack(p):
     if p.dtype in (torch.bfloat16, torch.float16): return torch.zeros_like(p)
 
 @stepper(state={**fused_radam_step.state, 'comp': _lack}, hypers=fused_radam_step.hypers, anchored=('comp',), dense=True)
-def kahan_radam_step(
-    p, # Parameters
-    grad, # Their gradients
-    lr, # Learning rate, in [0, inf)
+def kahan_radam_step(p, grad, lr, wd=0., do_wd=True,
     comp=None, # What `p` lack, if they are in low precision
-    wd=0., # Weight decay, in [0, inf)
-    do_wd=True, # Decay these?
     **kwargs # As for `fused_radam_step`
 )->dict: # What `fused_radam_step` returns
     "`fused_radam_step` on weights of bfloat16 or float16, which keeps what rounding takes from them"
@@ -41,14 +36,7 @@ def kahan_radam_step(
 
 # %% ../nbs/08_kahan.ipynb #282b05ed
 @stepper(state=dict(slow_comp=_lack), hypers=lookahead_step.hypers, anchored=('slow_comp',))
-def kahan_lookahead_step(
-    p, # Parameters
-    grad, # Their gradients
-    slow, # Slow weights
-    slow_step, # Updates since the slow weights were taken, this one included
-    k, # Updates from one synchronisation to the next, a whole number from 1 on
-    alpha, # How far the slow weights follow, in [0, 1]
-    comp=None, # What `p` lack, if they are in low precision
+def kahan_lookahead_step(p, grad, slow, slow_step, k, alpha, comp=None,
     slow_comp=None, # What `slow` lack
     **kwargs
 ):
@@ -79,4 +67,5 @@ def ranger_kahan(
     sqr_mom:float=.99 # Gradient squared moving average (β2) coefficient, in [0, 1)
 )->MultiTensorOptimizer:
     "`ranger` for weights of bfloat16 or float16, with compensated summation"
-    return MultiTensorOptimizer(params, [slow_weights, kahan_radam_step, kahan_lookahead_step], lr=lr, mom=mom, wd=wd, eps=eps, k=k, alpha=alpha, sqr_mom=sqr_mom)
+    cbs = [slow_weights, kahan_radam_step, kahan_lookahead_step]
+    return MultiTensorOptimizer(params, cbs, lr=lr, mom=mom, wd=wd, eps=eps, k=k, alpha=alpha, sqr_mom=sqr_mom)

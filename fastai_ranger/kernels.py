@@ -29,13 +29,7 @@ def chunks(
     return res
 
 # %% ../nbs/01_kernels.ipynb #c90f5508
-def denoms(
-    sqr_avg, # Averages of the squared gradients
-    step, # Updates they are of
-    sqr_mom, # Weight of the old average (beta2), in [0, 1)
-    eps, # Added to the denominator, in [0, inf)
-    beta=0. # Sharpness of a softplus around the denominator, in [0, inf); 0 for none
-)->list: # A new tensor for each
+def denoms(sqr_avg, step, sqr_mom, eps, beta=0.)->list: # A new tensor for each
     "What Adam divides by"
     denom = torch._foreach_sqrt(sqr_avg)
     torch._foreach_mul_(denom, 1/math.sqrt(1-sqr_mom**step))
@@ -52,9 +46,8 @@ def denoms(
 # %% ../nbs/01_kernels.ipynb #b06f5250
 fused_devices = {'cpu', 'cuda', 'mps'}
 
-# %% ../nbs/01_kernels.ipynb #c0877e55
 def adam(p, grad, grad_avg, sqr_avg, max_avg, step, lr, mom, sqr_mom, eps, wd, decouple_wd):
-    "What the kernel does, for devices that have none"
+    "What the kernel does, in several passes"
     if decouple_wd: torch._foreach_mul_(p, 1-lr*wd)
     elif wd: grad = torch._foreach_add(grad, p, alpha=wd)
     torch._foreach_lerp_(grad_avg, grad, 1-mom)
@@ -63,43 +56,25 @@ def adam(p, grad, grad_avg, sqr_avg, max_avg, step, lr, mom, sqr_mom, eps, wd, d
     if max_avg: torch._foreach_maximum_(max_avg, sqr_avg)
     if eps < math.inf: torch._foreach_addcdiv_(p, grad_avg, denoms(max_avg or sqr_avg, step, sqr_mom, eps), value=-lr/(1-mom**step))
 
-# %% ../nbs/01_kernels.ipynb #3792c3f7
-def fused_adam(
-    p, # Parameters; all lists must be alike in memory
-    grad, # Their gradients
-    grad_avg, # Averages of the gradients, updated
-    sqr_avg, # Averages of the squared gradients, updated
-    max_avg=(), # Largest `sqr_avg` so far, updated, to divide by instead
-    *,
-    step, # Updates, this one included
-    lr, # Learning rate
-    mom, # Weight of the old `grad_avg` (beta1), in [0, 1)
-    sqr_mom, # Weight of the old `sqr_avg` (beta2), in [0, 1)
-    eps=math.inf, # Added to the denominator; with `inf` the averages are updated, and the weights decay, without a step
-    wd=0., # Weight decay
-    decouple_wd=True # Decay the weights, rather than regularize with L2?
+def fused_adam(p, grad, grad_avg, sqr_avg, max_avg=(), *, step, lr, mom, sqr_mom, wd=0., decouple_wd=True,
+    eps=math.inf # With `inf` the averages are updated, and the weights decay, without a step
 ):
     "PyTorch's kernel for Adam or AdamW"
     if p[0].device.type not in fused_devices: return adam(p, grad, grad_avg, sqr_avg, max_avg, step, lr, mom, sqr_mom, eps, wd, decouple_wd)
     count = torch.full((), step, dtype=torch.float32, device=p[0].device)
     kernel = torch._fused_adamw_ if decouple_wd else torch._fused_adam_
-    kernel(p, grad, grad_avg, sqr_avg, list(max_avg), [count]*len(p), lr=lr, beta1=mom, beta2=sqr_mom, weight_decay=wd, eps=eps, amsgrad=bool(max_avg), maximize=False)
+    kernel(p, grad, grad_avg, sqr_avg, list(max_avg), [count]*len(p), lr=lr, beta1=mom, beta2=sqr_mom, weight_decay=wd, eps=eps,
+           amsgrad=bool(max_avg), maximize=False)
 
 # %% ../nbs/01_kernels.ipynb #d5d7b02a
-def found_inf(
-    ts # Tensors of one device
-)->Tensor: # 1., or 0.
-    "Has one of `ts` a number that is not finite?"
+def found_inf(ts)->Tensor: # 1., or 0.
+    "Has one of `ts`, tensors of one device, a number that is not finite?"
     found,one = (o(1, device=ts[0].device, dtype=torch.float32) for o in (torch.zeros, torch.ones))
     torch._amp_foreach_non_finite_check_and_unscale_(ts, found, one)
     return found
 
 # %% ../nbs/01_kernels.ipynb #8f9e2a43
-def follow(
-    p, # Where to, with the strides of `slow`
-    slow, # What moves
-    alpha # How far, in [0, 1]
-):
+def follow(p, slow, alpha):
     "Move `slow` `alpha` of the way to `p` in one kernel, or not at all if a number of `p` is not finite; nothing waits for the device"
     torch._fused_sgd_(slow, p, [], lr=-alpha, weight_decay=-1., momentum=0., dampening=0., nesterov=False, maximize=False, is_first_step=False,
                       found_inf=found_inf(p))

@@ -42,7 +42,8 @@ _create_opt = Learner.create_opt
 def create_opt(self:Learner):
     "fastai's `create_opt`; embeddings are spared where gradients are centralized, and the optimizer begins anew when weights are loaded"
     _create_opt(self)
-    if isinstance(self.opt, MultiTensorOptimizer) and {centralize, centralized_radam_step} & {f for f,_ in self.opt.calls}: spare_embeddings(self.opt, self.model)
+    fs = {f for f,_ in self.opt.calls} if isinstance(self.opt, MultiTensorOptimizer) else set()
+    if fs & {centralize, centralized_radam_step}: spare_embeddings(self.opt, self.model)
     _restart_on_load(self)
 
 # %% ../nbs/14_learner.ipynb #f2e0c1b9
@@ -57,16 +58,7 @@ def __setstate__(self:Learner, state):
 fit_flat_cos_of_fastai = Learner.fit_flat_cos
 
 @patch
-def fit_flat_cos(self:Learner,
-    n_epoch, # Number of epochs, those that are skipped included
-    lr=None, # Learning rate; `None` for that of the `Learner`
-    div_final=1e5, # The learning rate ends at `lr/div_final`
-    pct_start=0.75, # Where the cosine begins, in [0, 1]
-    wd=None, # Weight decay; `None` for that of the `Learner`
-    cbs=None, # Callbacks
-    reset_opt=False, # Make a new optimizer?
-    start_epoch=0 # Epoch to resume at
-):
+def fit_flat_cos(self:Learner, n_epoch, lr=None, div_final=1e5, pct_start=0.75, wd=None, cbs=None, reset_opt=False, start_epoch=0):
     "fastai's `fit_flat_cos`, with a `start_epoch` that counts"
     if start_epoch: cbs = L(cbs) + SkipToEpoch(start_epoch)
     fit_flat_cos_of_fastai(self, n_epoch, lr, div_final, pct_start, wd, cbs, reset_opt)
@@ -77,7 +69,6 @@ def before_fit(self:SkipToEpoch):
     self.waiting = [o for o in self.learn.cbs if isinstance(o, TrackerCallback) and o.run]
     for o in self.waiting: o.run = False
 
-# %% ../nbs/14_learner.ipynb #8d7a8ebf
 _skip = SkipToEpoch.before_epoch
 
 @patch

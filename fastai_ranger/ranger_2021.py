@@ -23,9 +23,7 @@ def _norms(ts):
     return [next(vectors) if o.ndim < 2 else torch.linalg.vector_norm(o, dim=tuple(range(1, o.ndim)), keepdim=True) for o in ts]
 
 @stepper(hypers=dict(clip=hyper(.01, 0)))
-def adaptive_clip(
-    p, # Parameters
-    grad, # Their gradients
+def adaptive_clip(p, grad,
     clip, # Length of a gradient, at most, in lengths of its weights, in [0, inf)
     **kwargs
 )->dict: # `grad`
@@ -40,11 +38,7 @@ def adaptive_clip(
 
 # %% ../nbs/11_ranger_2021.ipynb #f76aba59
 @stepper()
-def normalize_grad(
-    p, # Parameters
-    grad, # Their gradients
-    **kwargs
-)->dict: # `grad`
+def normalize_grad(p, grad, **kwargs)->dict: # `grad`
     "Divide each gradient of more than two numbers by its standard deviation"
     gs = [o for o in grad if o.numel() > 2]
     if not gs: return
@@ -57,16 +51,9 @@ def normalize_grad(
 
 # %% ../nbs/11_ranger_2021.ipynb #2c037054
 @stepper(state=dict(step=0, odd_avg=torch.zeros_like, even_avg=torch.zeros_like, sqr_avg=torch.zeros_like), dense=True)
-def average_pnm(
-    p, # Parameters
-    grad, # Their gradients
-    lr, # Learning rate, in [0, inf)
-    mom, # Weight that an old gradient has after one update (beta1), in [0, 1)
-    sqr_mom, # Weight of the old `sqr_avg` (beta2), in [0, 1)
-    step, # Updates so far
+def average_pnm(p, grad, lr, mom, sqr_mom, step, sqr_avg,
     odd_avg, # Averages of the gradients of the first update, the third, and so on
     even_avg, # Averages of the others
-    sqr_avg, # Averages of the squared gradients
     **kwargs
 )->dict: # `step`
     "Keep two averages of the gradients, updated by turns, and one of their squares"
@@ -75,34 +62,15 @@ def average_pnm(
 
 # %% ../nbs/11_ranger_2021.ipynb #824a32fe
 @stepper(state=dict(max_avg=torch.zeros_like))
-def max_sqr_avg(
-    p, # Parameters
-    grad, # Their gradients
-    sqr_avg, # Averages of the squared gradients
-    max_avg, # Largest so far
-    **kwargs
-):
+def max_sqr_avg(p, grad, sqr_avg, max_avg, **kwargs):
     "Keep the largest `sqr_avg` (AMSGrad)"
     torch._foreach_maximum_(max_avg, sqr_avg)
 
 # %% ../nbs/11_ranger_2021.ipynb #25fed102
 @stepper(hypers=dict(eps=hyper(1e-8, 0), beta=hyper(0., 0), pnm=hyper(1., 0)))
-def pnm_step(
-    p, # Parameters
-    grad, # Their gradients, which the averages hold already
-    lr, # Learning rate, in [0, inf)
-    mom, # Weight that an old gradient has after one update (beta1), in [0, 1)
-    sqr_mom, # Weight of the old `sqr_avg` (beta2), in [0, 1)
-    eps, # Added to the denominator, in [0, inf)
-    beta, # Sharpness of a softplus around the denominator, in [0, inf); 0 for none
+def pnm_step(p, grad, lr, mom, sqr_mom, eps, beta, step, sqr_avg, odd_avg, even_avg,
     pnm, # How much of the other average is subtracted (beta0), in [0, inf)
-    step, # Updates done, this one included
-    odd_avg, # Averages of the gradients of the first update, the third, and so on
-    even_avg, # Averages of the others
-    sqr_avg, # Averages of the squared gradients
-    max_avg=None, # Their largest values so far, to divide by instead
-    rectified=False, # Rectify as RAdam does?
-    **kwargs
+    max_avg=None, rectified=False, **kwargs
 ):
     "Step for Adam with positive-negative momentum"
     r,scale = rectify(step, sqr_mom) if rectified else 1.,1/(math.hypot(1+pnm, pnm)*(1-mom**step))
@@ -113,18 +81,8 @@ def pnm_step(
         else: torch._foreach_add_(w, num, alpha=-lr*scale)
 
 # %% ../nbs/11_ranger_2021.ipynb #3cd24263
-@stepper(hypers=dict(wd=hyper(0., 0)), scope='all')
-def stable_decay(
-    p, # All parameters; each list below has one value for each of them
-    grad, # Their gradients
-    lr, # Learning rates, in [0, inf)
-    wd, # Weight decays, in [0, inf)
-    sqr_avg, # Averages of the squared gradients
-    step, # Updates done, this one included
-    sqr_mom, # Weights of the old `sqr_avg` (beta2), in [0, 1)
-    do_wd=(), # Decay these? `None` for yes
-    **kwargs
-):
+@stepper(hypers=dict(wd=common['wd']), scope='all')
+def stable_decay(p, grad, lr, wd, sqr_avg, step, sqr_mom, do_wd=(), **kwargs):
     "Decay `p` by `lr*wd` over the root of the mean of all debiased `sqr_avg`"
     dtype = torch.float64 if any(o.dtype is torch.float64 for o in p) else torch.float32
     sums = [o.to(p[0].device)/(1-b**t) for o,b,t in zip(torch._foreach_norm(sqr_avg, 1, dtype=dtype), sqr_mom, step)]
@@ -136,14 +94,9 @@ def stable_decay(
 
 # %% ../nbs/11_ranger_2021.ipynb #843444d9
 @stepper(hypers=dict(norm_loss=hyper(1e-4, 0), eps=hyper(1e-8, 0)))
-def norm_loss_step(
-    p, # Parameters
-    grad, # Their gradients
-    lr, # Learning rate, in [0, inf)
+def norm_loss_step(p, grad, lr, eps,
     norm_loss, # How strongly, in [0, inf)
-    eps, # Added to the norms, in [0, inf)
-    do_wd=True, # Do so with these?
-    **kwargs
+    do_wd=True, **kwargs
 ):
     "Move the norm of each filter towards 1"
     if not do_wd: return
@@ -156,10 +109,7 @@ def norm_loss_step(
 
 # %% ../nbs/11_ranger_2021.ipynb #423fdd70
 @variant
-def ranger21(
-    params, # Model parameters, or lists of them: one list for each parameter group
-    lr:float|slice, # Default learning rate, in [0, inf)
-    *,
+def ranger21(params, lr:float|slice, *, # Default learning rate, in [0, inf)
     mom:float=.9, # Gradient moving average (β1) coefficient, in [0, 1)
     wd:float=1e-4, # Weight decay, in [0, inf)
     eps:float=1e-8, # Added to the denominator for numerical stability, in [0, inf)
@@ -178,8 +128,9 @@ def ranger21(
     "Ranger21 without its schedule, for which there is `fit_ranger21`"
     cbs = [f for f,on in ((adaptive_clip, clip), (centralize, gc), (normalize_grad, norm_grad)) if on]
     if pnm or norm_loss or stable_wd or amsgrad:
-        cbs += [average_pnm if pnm else partial(fused_averages, do_wd=False), *([max_sqr_avg] if amsgrad else []), stable_decay if stable_wd else weight_decay,
-                *([norm_loss_step] if norm_loss else []), partial(pnm_step if pnm else radam_step, rectified=rectified)]
+        cbs += [average_pnm if pnm else partial(fused_averages, do_wd=False), *([max_sqr_avg] if amsgrad else []),
+                stable_decay if stable_wd else weight_decay, *([norm_loss_step] if norm_loss else []),
+                partial(pnm_step if pnm else radam_step, rectified=rectified)]
     else: cbs.append(partial(fused_radam_step, rectified=rectified))
     parts = dict(beta=beta, **{n: v for n,v in dict(clip=clip, pnm=pnm, norm_loss=norm_loss).items() if v})
     return inside_lookahead(params, lr, cbs, parts, mom=mom, wd=wd, eps=eps, k=k, **kwargs)

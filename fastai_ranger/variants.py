@@ -36,40 +36,35 @@ def inside_lookahead(
     sqr_mom:float=.999 # Gradient squared moving average (β2) coefficient, in [0, 1)
 )->MultiTensorOptimizer:
     "Lookahead around `cbs`"
-    return MultiTensorOptimizer(params, [slow_weights, *cbs, lookahead_step], lr=lr, mom=mom, wd=wd, eps=eps, k=k, alpha=alpha, sqr_mom=sqr_mom, **parts or {})
+    hypers = dict(lr=lr, mom=mom, wd=wd, eps=eps, k=k, alpha=alpha, sqr_mom=sqr_mom, **parts or {})
+    return MultiTensorOptimizer(params, [slow_weights, *cbs, lookahead_step], **hypers)
 
-# %% ../nbs/10_variants.ipynb #0616aacc
 variant = delegates(inside_lookahead, but=['cbs', 'parts'])
 
 # %% ../nbs/10_variants.ipynb #6a574761
+def _decay_first(step, decouple_wd, first=()):
+    "A decay, `first`, and `step`, which leaves decay alone"
+    return [weight_decay if decouple_wd else l2_reg, *first, partial(step, do_wd=False)]
+
 def _decayed(step, decouple_wd, first=()):
-    "`first` and then `step`, which decays the weights itself, or, with L2 regularization, not"
-    return [*first, step] if decouple_wd else [l2_reg, *first, partial(step, do_wd=False)]
+    "`first` and then `step`, which decays the weights itself; L2 regularization comes before both"
+    return [*first, step] if decouple_wd else _decay_first(step, decouple_wd, first)
 
 # %% ../nbs/10_variants.ipynb #9ef0c5fb
 def _mean(x): return x.mean(tuple(range(1, x.ndim)), keepdim=True)
 def _has_filters(p, conv_only): return p.ndim > (2 if conv_only else 1) and p.numel() > len(p)
 
 @stepper()
-def centralize(
-    p, # Parameters
-    grad, # Their gradients
+def centralize(p, grad,
     conv_only=False, # Convolutions only, which have three dimensions or more?
-    do_gc=True, # Centralize these? (`Learner` says `False` for embeddings)
-    **kwargs
+    do_gc=True, **kwargs
 )->dict: # `grad`
     "Take from the gradient of each filter of `p` its mean"
     if do_gc: return dict(grad=[g-_mean(g) if _has_filters(o, conv_only) else g for o,g in zip(p, grad)])
 
 # %% ../nbs/10_variants.ipynb #fa7f8017
 @stepper(state=fused_radam_step.state, hypers=fused_radam_step.hypers, dense=True)
-def centralized_radam_step(
-    p, # Parameters
-    grad, # Their gradients
-    conv_only=False, # Convolutions only, which have three dimensions or more?
-    do_gc=True, # Centralize these? (`Learner` says `False` for embeddings)
-    **kwargs # As for `fused_radam_step`
-)->dict: # What `fused_radam_step` returns
+def centralized_radam_step(p, grad, conv_only=False, do_gc=True, **kwargs)->dict: # What `fused_radam_step` returns
     "`fused_radam_step` that leaves the mean of each filter where it is"
     means = [(o, _mean(o)) for o in p if do_gc and _has_filters(o, conv_only)]
     res = fused_radam_step.f(p, grad, **kwargs)
@@ -88,10 +83,7 @@ def spare_embeddings(
 
 # %% ../nbs/10_variants.ipynb #8b2b290b
 @variant
-def ranger_gc(
-    params, # Model parameters, or lists of them: one list for each parameter group
-    lr:float|slice, # Default learning rate, in [0, inf)
-    *,
+def ranger_gc(params, lr:float|slice, *, # Default learning rate, in [0, inf)
     gc:str|bool='grad', # What to centralize: `grad`, `update`, or `False` for nothing
     conv_only:bool=False, # Convolutions only, or linear layers too?
     decouple_wd:bool=True, # Apply true weight decay or L2 regularization
@@ -99,28 +91,20 @@ def ranger_gc(
 )->MultiTensorOptimizer:
     "Ranger with gradient centralization"
     hyper(among=('grad', 'update', False)).check('gc', gc)
-    if gc=='update': cbs = [weight_decay if decouple_wd else l2_reg, partial(centralized_radam_step, conv_only=conv_only, do_wd=False)]
+    if gc=='update': cbs = _decay_first(partial(centralized_radam_step, conv_only=conv_only), decouple_wd)
     elif gc: cbs = _decayed(fused_radam_step, decouple_wd, [partial(centralize, conv_only=conv_only)])
     else: cbs = [partial(fused_radam_step, decouple_wd=decouple_wd)]
     return inside_lookahead(params, lr, cbs, **kwargs)
 
 # %% ../nbs/10_variants.ipynb #e775ef00
-@stepper(state={**averages, 'max_avg': torch.zeros_like}, hypers=fused_radam_step.hypers, dense=True)
-def fused_amsgrad_step(
-    p, # Parameters
-    grad, # Their gradients
-    max_avg, # Largest averages of the squared gradients so far
-    **kwargs # As for `fused_radam_step`
-)->dict: # What `fused_radam_step` returns
+@stepper(state={**fused_radam_step.state, 'max_avg': torch.zeros_like}, hypers=fused_radam_step.hypers, dense=True)
+def fused_amsgrad_step(p, grad, max_avg, **kwargs)->dict: # What `fused_radam_step` returns
     "`fused_radam_step` that divides by the largest variance so far (AMSGrad)"
     return fused_radam_step.f(p, grad, max_avg=max_avg, **kwargs)
 
 # %% ../nbs/10_variants.ipynb #057e98e5
 @variant
-def ranger_va(
-    params, # Model parameters, or lists of them: one list for each parameter group
-    lr:float|slice, # Default learning rate, in [0, inf)
-    *,
+def ranger_va(params, lr:float|slice, *, # Default learning rate, in [0, inf)
     beta:float=50., # Sharpness of the softplus around the denominator, in [0, inf); 0 for none
     amsgrad:bool=True, # Divide by the largest variance so far?
     rectified:bool=False, # RAdam, rather than Adam?
@@ -132,23 +116,12 @@ def ranger_va(
     return inside_lookahead(params, lr, [step], dict(beta=beta), **kwargs)
 
 # %% ../nbs/10_variants.ipynb #200e053d
-@stepper(state=averages, hypers=dict(wd=hyper(0., 0), eps=hyper(1e-8, 0), nu_1=hyper(.7, 0, 1, closed=True), nu_2=hyper(1., 0, 1, closed=True)))
-def qh_step(
-    p, # Parameters
-    grad, # Their gradients
-    lr, # Learning rate, in [0, inf)
-    mom, # Weight of the old `grad_avg` (beta1), in [0, 1)
-    sqr_mom, # Weight of the old `sqr_avg` (beta2), in [0, 1)
-    eps, # Added to the denominator, in [0, inf)
+@stepper(state=fused_radam_step.state,
+         hypers=dict(wd=common['wd'], eps=hyper(1e-8, 0), nu_1=hyper(.7, 0, 1, closed=True), nu_2=hyper(1., 0, 1, closed=True)))
+def qh_step(p, grad, lr, mom, sqr_mom, eps, step, grad_avg, sqr_avg,
     nu_1, # Share of the average in the numerator, in [0, 1]
     nu_2, # Share of the average in the denominator, in [0, 1]
-    step, # Updates so far
-    grad_avg, # Averages of the gradients
-    sqr_avg, # Averages of the squared gradients
-    wd=0., # Weight decay, in [0, inf)
-    rectified=False, # Rectify as RAdam does?
-    do_wd=True, # Decay these?
-    **kwargs
+    wd=0., rectified=False, do_wd=True, **kwargs
 )->dict: # `step`
     "Weight decay, averages and the step of QHAdam"
     t,r = step+1,rectify(step+1, sqr_mom) if rectified else 1.
@@ -170,10 +143,7 @@ def qh_step(
 
 # %% ../nbs/10_variants.ipynb #54b3ed5a
 @variant
-def ranger_qh(
-    params, # Model parameters, or lists of them: one list for each parameter group
-    lr:float|slice, # Default learning rate, in [0, inf)
-    *,
+def ranger_qh(params, lr:float|slice, *, # Default learning rate, in [0, inf)
     mom:float=.9, # Gradient moving average (β1) coefficient, in [0, 1)
     eps:float=1e-8, # Added to the denominator for numerical stability, in [0, inf)
     nu_1:float=.7, # Share of the average in the numerator, in [0, 1]; the rest is the gradient
@@ -183,26 +153,17 @@ def ranger_qh(
     **kwargs
 )->MultiTensorOptimizer:
     "Quasi-hyperbolic Adam inside Lookahead"
-    plain = nu_1==nu_2==1
-    cbs = [partial(fused_radam_step, rectified=rectified, decouple_wd=decouple_wd)] if plain else _decayed(partial(qh_step, rectified=rectified), decouple_wd)
-    return inside_lookahead(params, lr, cbs, {} if plain else dict(nu_1=nu_1, nu_2=nu_2), mom=mom, eps=eps, **kwargs)
+    if nu_1==nu_2==1: cbs,parts = [partial(fused_radam_step, rectified=rectified, decouple_wd=decouple_wd)],{}
+    else: cbs,parts = _decayed(partial(qh_step, rectified=rectified), decouple_wd),dict(nu_1=nu_1, nu_2=nu_2)
+    return inside_lookahead(params, lr, cbs, parts, mom=mom, eps=eps, **kwargs)
 
 # %% ../nbs/10_variants.ipynb #1b1cc07a
-@stepper(state=dict(step=0, grad_avg=torch.zeros_like, var_avg=torch.zeros_like), hypers=dict(wd=hyper(0., 0), eps=hyper(1e-12, 0), sqr_mom=rectified_sqr_mom))
-def adabelief_step(
-    p, # Parameters
-    grad, # Their gradients
-    lr, # Learning rate, in [0, inf)
-    mom, # Weight of the old `grad_avg` (beta1), in [0, 1)
-    sqr_mom, # Weight of the old `var_avg` (beta2), in [0, 1)
-    eps, # Added to the denominator, and to `var_avg` in each update, in [0, inf)
-    step, # Updates so far
-    grad_avg, # Averages of the gradients
+@stepper(state=dict(step=0, grad_avg=torch.zeros_like, var_avg=torch.zeros_like),
+         hypers=dict(wd=common['wd'], eps=hyper(1e-12, 0), sqr_mom=radam_step.hypers['sqr_mom']))
+def adabelief_step(p, grad, lr, mom, sqr_mom, step, grad_avg,
     var_avg, # Averages of the squared distances of the gradients from `grad_avg`
-    wd=0., # Weight decay, in [0, inf)
-    rectified=True, # Rectify as RAdam does?
-    do_wd=True, # Decay these?
-    **kwargs
+    eps, # Added to the denominator, and to `var_avg` in each update, in [0, inf)
+    wd=0., rectified=True, do_wd=True, **kwargs
 )->dict: # `step`
     "Weight decay, averages and the step of AdaBelief"
     t,r = step+1,rectify(step+1, sqr_mom) if rectified else 1.
@@ -219,10 +180,7 @@ def adabelief_step(
 
 # %% ../nbs/10_variants.ipynb #2467f9d1
 @variant
-def ranger_adabelief(
-    params, # Model parameters, or lists of them: one list for each parameter group
-    lr:float|slice, # Default learning rate, in [0, inf)
-    *,
+def ranger_adabelief(params, lr:float|slice, *, # Default learning rate, in [0, inf)
     mom:float=.9, # Gradient moving average (β1) coefficient, in [0, 1)
     eps:float=1e-12, # Added to the denominator, and to the variance in each update, in [0, inf)
     belief:bool=True, # Divide by the distance of gradients from their average, rather than by their size?
@@ -238,12 +196,9 @@ def ranger_adabelief(
 
 # %% ../nbs/10_variants.ipynb #05fb3c31
 @stepper(state=fused_radam_step.state, hypers=fused_radam_step.hypers, dense=True)
-def lars_radam_step(
-    p, # Parameters
-    grad, # Their gradients
-    lr, # Learning rate, in [0, inf)
+def lars_radam_step(p, grad, lr,
     max_norm=10., # Norms of weights count as this if they are larger, in (0, inf)
-    **kwargs # As for `fused_radam_step`
+    **kwargs
 )->dict: # What `fused_radam_step` returns
     "`fused_radam_step` whose update of each of `p` is scaled to `lr` times the norm of its weights"
     before = torch._foreach_mul(p, 1)
@@ -258,10 +213,7 @@ def lars_radam_step(
 
 # %% ../nbs/10_variants.ipynb #17aaa651
 @variant
-def ranger_lars(
-    params, # Model parameters, or lists of them: one list for each parameter group
-    lr:float|slice, # Default learning rate, in [0, inf)
-    *,
+def ranger_lars(params, lr:float|slice, *, # Default learning rate, in [0, inf)
     mom:float=.9, # Gradient moving average (β1) coefficient, in [0, 1)
     eps:float=1e-8, # Added to the denominator for numerical stability, in [0, inf)
     trust:bool=True, # Scale each update to the norm of its weights?
@@ -269,5 +221,5 @@ def ranger_lars(
     **kwargs
 )->MultiTensorOptimizer:
     "Ranger with a trust ratio for each layer"
-    cbs = [weight_decay if decouple_wd else l2_reg, partial(lars_radam_step, do_wd=False)] if trust else [partial(fused_radam_step, decouple_wd=decouple_wd)]
+    cbs = _decay_first(lars_radam_step, decouple_wd) if trust else [partial(fused_radam_step, decouple_wd=decouple_wd)]
     return inside_lookahead(params, lr, cbs, mom=mom, eps=eps, **kwargs)

@@ -11,7 +11,6 @@ import fastai.optimizer as stock
 from functools import partial,wraps
 from inspect import signature
 from types import MethodType
-from warnings import warn
 from fastcore.all import is_listy
 from fastai.optimizer import Optimizer,OptimWrapper
 from torch import Tensor
@@ -23,24 +22,18 @@ from .lookahead import *
 
 # %% ../nbs/09_wrapper.ipynb #8e2e51b0
 @stepper()
-def momentum_step(
-    p, # Parameters
-    grad, # Their gradients, which the averages hold already
-    lr, # Learning rate, in [0, inf)
-    grad_avg, # Averages of the gradients
-    **kwargs
-):
+def momentum_step(p, grad, lr, grad_avg, **kwargs):
     "Step for SGD with momentum with `lr`"
     torch._foreach_add_(p, grad_avg, alpha=-lr)
 
 # %% ../nbs/09_wrapper.ipynb #ff856652
-_twins = {getattr(stock, o.__name__): o for o in (weight_decay, l2_reg, average_grad, average_sqr_grad, step_stat, sgd_step, momentum_step, radam_step)}
+_twins = {getattr(stock, o.__name__): o
+          for o in (weight_decay, l2_reg, average_grad, average_sqr_grad, step_stat, sgd_step, momentum_step, radam_step)}
 
 def _twin(cb):
     "The stepper for many parameters that does what fastai's `cb` does, or `cb` itself"
-    f = cb.func if isinstance(cb, partial) else cb
-    if f not in _twins: return cb
-    return partial(_twins[f], **cb.keywords) if isinstance(cb, partial) else _twins[f]
+    if isinstance(cb, partial): return partial(_twin(cb.func), **cb.keywords)
+    return _twins.get(cb, cb)
 
 # %% ../nbs/09_wrapper.ipynb #b744a60f
 def _around_steppers(opt, k, alpha):
@@ -113,10 +106,7 @@ class _Ahead(MultiTensorOptimizer):
 
     def _check(self, opt, sd):
         self._loaded = sd.get('lookahead')
-        try: self._loaded and fit_checkpoint(self, self._loaded)
-        except ValueError as e:
-            warn(str(e)) # `Learner.load` swallows the error
-            raise
+        if self._loaded: fit_checkpoint(self, self._loaded) # raises before anything is changed
 
     def _load(self, opt):
         if self._loaded: self.load_state_dict(self._loaded)
@@ -158,22 +148,17 @@ class LookaheadWrapper(OptimWrapper):
             for k in kwargs.keys() & old[0].keys(): self.set_hyper(k, [o[k] for o in old])
             raise
 
-    def restart(self):
-        "Begin anew from the weights there are now"
-        self.ahead.restart()
-
     def clear_state(self):
         "Drop all state but `force_train` and `do_wd`"
         super().clear_state()
         self.ahead.clear_state()
 
-    def freeze_to(self,
-        n:int # Number of parameter groups to freeze; if negative, number of groups at the end to leave trainable
-    ):
-        "Freeze the first parameter groups, but for what is always to be trained (`force_train`)"
+    def freeze_to(self, n:int):
+        "As for any `MultiTensorOptimizer`"
         self.ahead.freeze_to(n)
         self.frozen_idx = self.ahead.frozen_idx
 
+    def restart(self): self.ahead.restart()
     def to_slow(self): self.ahead.to_slow()
     def to_fast(self): self.ahead.to_fast()
     def sync(self): self.ahead.sync()
@@ -182,12 +167,9 @@ class LookaheadWrapper(OptimWrapper):
         super().__setstate__(d)
         self.ahead.attach()
 
-# %% ../nbs/09_wrapper.ipynb #4b332959
+# %% ../nbs/09_wrapper.ipynb #8ba4c6bf
 _own = {'k', 'alpha'}
 
-def _refuse(opt_func, why): raise ValueError(f"`lookahead` cannot be put around {getattr(opt_func, '__name__', repr(opt_func))}: {why}")
-
-# %% ../nbs/09_wrapper.ipynb #8ba4c6bf
 def _why_not(opt):
     "Why Lookahead cannot be put around `opt`, if it cannot"
     inner = opt.opt if isinstance(opt, OptimWrapper) else opt
@@ -211,6 +193,8 @@ def _make(params, opt_func, **kwargs):
     opt = opt_func(params, **kwargs)
     return OptimWrapper(opt=opt) if isinstance(opt, torch.optim.Optimizer) else opt
 
+def _refuse(opt_func, why): raise ValueError(f"`lookahead` cannot be put around {getattr(opt_func, '__name__', repr(opt_func))}: {why}")
+
 def _around(opt, opt_func, k, alpha):
     if why := _why_not(opt): _refuse(opt_func, why)
     return (LookaheadWrapper if isinstance(opt, OptimWrapper) else _around_steppers)(opt, k=k, alpha=alpha)
@@ -219,7 +203,7 @@ def _lookahead(params, opt_func, k, alpha, **kwargs): return _around(_make(param
 
 # %% ../nbs/09_wrapper.ipynb #3e2f7852
 def lookahead(
-    opt_func, # An `opt_func` of fastai, a class of PyTorch optimizers, a `partial` of these, a list of steppers, or a PyTorch optimizer or `OptimWrapper` that is built already
+    opt_func, # An `opt_func`, a class of PyTorch optimizers, a list of steppers, or a PyTorch optimizer or `OptimWrapper` that is built already
     k:int=6, # Updates from one synchronisation to the next, a whole number from 1 on
     alpha:float=.5 # How far the slow weights follow, in [0, 1]
 ): # An `opt_func`; around what is built already, a `LookaheadWrapper`
