@@ -27,7 +27,7 @@ def check_value(name, where, v, like):
 # %% ../nbs/02_checkpoint.ipynb #176deeaf
 _notes = {'replaced', 'edits', 'edited'} # of version 0.1
 
-def _fit(opt, sd):
+def _fit_or_raise(opt, sd):
     if not isinstance(sd, dict) or not {'state', 'hypers'} <= set(sd):
         has = f"has {sorted(map(str, sd))}" if isinstance(sd, dict) else f"is a {type(sd).__name__}"
         raise ValueError(f"a fastai optimizer's checkpoint has `state` and `hypers`, this one {has}")
@@ -63,7 +63,7 @@ def fit_checkpoint(
     sd # `state_dict` of this optimizer, or of any of fastai's
 )->tuple: # Hypers, states, and names of the state that `sd` lacks
     "What `sd` holds, as `opt` would have it; `ValueError` if it does not fit. Nothing is changed"
-    try: return _fit(opt, sd)
+    try: return _fit_or_raise(opt, sd)
     except ValueError as e:
         warn(str(e)) # `Learner.load` swallows the error
         raise

@@ -146,16 +146,15 @@ class MultiTensorOptimizer(Optimizer):
 
     def _fingerprint(self):
         "What the buckets depend on, besides state"
-        hypers,pairs = list(self.hypers),[(p, g) for pg in self.param_lists for p in pg if (g := p.grad) is not None]
-        ps,both = [p for p,_ in pairs],list(chain.from_iterable(pairs))
-        groups = [(hypers.index(h), len(pg)) for pg,h in zip(self.param_lists, hypers)]
-        return groups,[(id(p), p.data_ptr()) for p in ps],[o.dtype for o in both],strides(both)
+        hypers,ps = list(self.hypers),[p for pg in self.param_lists for p in pg if p.grad is not None]
+        groups,both = list(zip(map(hypers.index, hypers), map(len, self.param_lists))),ps+[p.grad for p in ps]
+        return groups,list(map(id, ps)),list(map(Tensor.data_ptr, ps)),[o.dtype for o in both],strides(both)
 
     def _build_buckets(self):
         for name,p in self.named_params():
             if p.grad is not None: _check_grad(name, p)
         hypers,res,current,sizes = list(self.hypers),[],{},{}
-        rows = [(hypers.index(h), p, self.state[p]) for pg,h in zip(self.param_lists, hypers) for p in pg if p.grad is not None]
+        rows = [(i, p, self.state[p]) for i,pg in zip(map(hypers.index, hypers), self.param_lists) for p in pg if p.grad is not None]
         self._start_state([(p, state) for _,p,state in rows])
         for group,p,state in rows:
             plain = tuple((k,v) if isinstance(v, _plain) else (k,) for k,v in state.items())

@@ -14,11 +14,11 @@ from .radam import *
 from .lookahead import *
 
 # %% ../nbs/08_kahan.ipynb #80ea4ae3
-def _lack(p):
+def _start_comp(p):
     "Where to keep what `p` lacks: nothing for a dtype that lacks little"
     if p.dtype in (torch.bfloat16, torch.float16): return torch.zeros_like(p)
 
-@stepper(state={**fused_radam_step.state, 'comp': _lack}, hypers=fused_radam_step.hypers, anchored=('comp',), dense=True)
+@stepper(state={**fused_radam_step.state, 'comp': _start_comp}, hypers=fused_radam_step.hypers, anchored=('comp',), dense=True)
 def kahan_radam_step(p, grad, lr, wd=0., do_wd=True,
     comp=None, # What `p` lack, if they are in low precision
     **kwargs # As for `fused_radam_step`
@@ -35,7 +35,7 @@ def kahan_radam_step(p, grad, lr, wd=0., do_wd=True,
     return res
 
 # %% ../nbs/08_kahan.ipynb #282b05ed
-@stepper(state=dict(slow_comp=_lack), hypers=lookahead_step.hypers, anchored=('slow_comp',))
+@stepper(state=dict(slow_comp=_start_comp), hypers=lookahead_step.hypers, anchored=('slow_comp',))
 def kahan_lookahead_step(p, grad, slow, slow_step, k, alpha, comp=None,
     slow_comp=None, # What `slow` lack
     **kwargs

@@ -50,7 +50,7 @@ def has_slow_weights(self:MultiTensorOptimizer)->bool:
     return 'slow' in self.starts
 
 @patch
-def _slow(self:MultiTensorOptimizer):
+def _with_slow_weights(self:MultiTensorOptimizer):
     "Parameter, state and hypers, for each that has slow weights and is not frozen"
     if not self.has_slow_weights: raise ValueError("this optimizer keeps no slow weights: a stepper such as `slow_weights` is missing")
     settled = merge(*(o for _,o in self.calls))
@@ -62,7 +62,7 @@ def _slow(self:MultiTensorOptimizer):
 @torch.no_grad()
 def to_slow(self:MultiTensorOptimizer):
     "Put the slow weights into the parameters, until `to_fast` or the next update"
-    for p,s,_ in self._slow():
+    for p,s,_ in self._with_slow_weights():
         if 'fast' in s: continue
         s['fast'] = p.detach().clone()
         p.copy_(s['slow'])
@@ -71,14 +71,14 @@ def to_slow(self:MultiTensorOptimizer):
 @torch.no_grad()
 def to_fast(self:MultiTensorOptimizer):
     "Put the fast weights back into the parameters"
-    for p,s,_ in self._slow():
+    for p,s,_ in self._with_slow_weights():
         if 'fast' in s: p.copy_(s.pop('fast'))
 
 @patch
 @torch.no_grad()
 def sync(self:MultiTensorOptimizer):
     "Synchronise now, and begin a new cycle; after `to_slow`, the parameters stay as they are"
-    for p,s,h in self._slow():
+    for p,s,h in self._with_slow_weights():
         _synchronise([p], [s['slow']], h['alpha'])
         s['slow_step'] = 0
         s.pop('fast', None)

@@ -168,20 +168,18 @@ class LookaheadWrapper(OptimWrapper):
         self.ahead.attach()
 
 # %% ../nbs/09_wrapper.ipynb #8ba4c6bf
-_own = {'k', 'alpha'}
-
 def _why_not(opt):
     "Why Lookahead cannot be put around `opt`, if it cannot"
-    inner = opt.opt if isinstance(opt, OptimWrapper) else opt
+    inner,ours = opt.opt if isinstance(opt, OptimWrapper) else opt,lookahead_step.hypers.keys()
     if getattr(opt, 'has_slow_weights', False) or hasattr(getattr(inner, 'step', None), 'is_ahead') or type(inner).__name__=='Lookahead':
         return "it has slow weights already"
     if isinstance(opt, OptimWrapper):
         if type(opt) is not OptimWrapper: return f"{type(opt).__name__} may do more than fastai's `OptimWrapper`"
         if not hasattr(inner, '_optimizer_state_dict_post_hooks'): return f"a {type(inner).__name__} has no hooks as PyTorch's optimizers have"
-        return _own <= set(inner.param_groups[0]) and "its `k` and `alpha` say that it has slow weights already"
+        return ours <= set(inner.param_groups[0]) and "its `k` and `alpha` say that it has slow weights already"
     if not isinstance(opt, Optimizer): return f"it makes a {type(opt).__name__}, which is no optimizer"
     if type(opt).step not in (Optimizer.step, MultiTensorOptimizer.step): return f"{type(opt).__name__} has a `step` of its own"
-    taken = _own & {*opt.hypers[0], *(o for cb in opt.cbs for o in signature(cb).parameters)}
+    taken = ours & {*opt.hypers[0], *(o for cb in opt.cbs for o in signature(cb).parameters)}
     return taken and f"it has its own {' and '.join(f'`{o}`' for o in sorted(taken))}"
 
 # %% ../nbs/09_wrapper.ipynb #67560347
