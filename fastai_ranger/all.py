@@ -1,12 +1,13 @@
-from .stepper import Stepper,stepper,hyper,sgd_step,average_grad,average_sqr_grad,step_stat,weight_decay,l2_reg
+from .stepper import Stepper,stepper,hyper,unless,sgd_step,momentum_step,average_grad,average_sqr_grad,step_stat,weight_decay,l2_reg
 from .engine import MultiTensorOptimizer
 from .radam import RAdam,rectify,radam_step,fused_averages,fused_radam_step
 from .lookahead import slow_weights,lookahead_step
 from .optimizer import ranger
 from .callback import SlowWeights
 from .kahan import ranger_kahan,kahan_radam_step,kahan_lookahead_step
-from .wrapper import lookahead,LookaheadWrapper,momentum_step
+from .wrapper import lookahead,LookaheadWrapper
 from .variants import (ranger_gc,ranger_va,ranger_qh,ranger_adabelief,ranger_lars,fastai_hypers,spare_embeddings,inside_lookahead,
     centralize,centralized_radam_step,fused_amsgrad_step,qh_step,adabelief_step,lars_radam_step)
 from .ranger_2021 import ranger21,adaptive_clip,normalize_grad,average_pnm,max_sqr_avg,pnm_step,stable_decay,norm_loss_step
+from .muon import muon,ranger_muon,orthogonalize,muon_step,muon_radam_step,spare_ends
 from .schedule import sched_ranger21

@@ -15,7 +15,10 @@ from .stepper import *
 
 # %% ../nbs/02_checkpoint.ipynb #69f18dda
 def check_value(name, where, v, like):
-    "`ValueError` unless `v`, the state `name` of parameter `where`, is as `like`: a floating-point tensor of its shape, or a whole number"
+    "`ValueError` unless `v`, the state `name` of parameter `where`, is as `like`: a floating-point tensor of its shape, a whole number, or a flag"
+    if isinstance(like, bool):
+        if not isinstance(v, bool): raise ValueError(f"`{name}` of {where} must be True or False, the checkpoint has {v!r}")
+        return
     if not isinstance(like, Tensor):
         if isinstance(v, Integral) and not isinstance(v, bool) and v >= 0: return
         raise ValueError(f"`{name}` of {where} must be a whole number from 0 on, the checkpoint has {v!r}")
@@ -43,17 +46,20 @@ def _fit_or_raise(opt, sd):
     together = [{k for k,o in f.state.items() if o is not None and (k in f.anchored)==anchored} for f,_ in opt.calls for anchored in (True, False)]
     states,needed,found = [],set(),set()
     for (where,p),new in zip(named, sd['state']):
-        fresh = start_state(opt.starts, p)
-        likes = {k: fresh.get(k, p) for k in opt.starts.keys() & new.keys()}
+        like = start_state(opt.starts, p)
+        flags = {k: v for k,v in {**opt.state[p], **new}.items() if isinstance(v, bool)}
+        kept_here = {k for k,v in start_state(opt.starts, p, flags).items() if not isinstance(v, bool)}
+        likes = {k: like.get(k, p) for k in opt.starts.keys() & new.keys()}
         for k,like in likes.items(): check_value(k, where, new[k], like)
-        drop = {k for ks in together for k in ks if not ks <= set(new)} | _notes | (opt.anchored if new.get('replaced') else set())
+        drop = {k for ks in together for k in ks if not ks & kept_here <= set(new)} | _notes | (opt.anchored if new.get('replaced') else set())
+        drop |= {k for k,o in opt.starts.items() if o is not None and k not in kept_here and not isinstance(like.get(k), bool)}
         if 'step' in drop: drop |= set(opt.starts) # averages mean nothing without it
         def take(k, v):
             if not isinstance(v, Tensor): return deepcopy(v)
             return v.detach().to(p.device, likes[k].dtype if k in likes else v.dtype, copy=True)
         kept = {k: v for k,v in opt.state[p].items() if k in opt._keep_on_clear}
         states.append({**kept, **{k: take(k, v) for k,v in new.items() if k not in drop}})
-        needed |= set(fresh)
+        needed |= kept_here
         found |= set(new)-drop
     trained = {k for s in sd['state'] for k in s} - set(opt._keep_on_clear)
     return hypers,states,[k for k in opt.starts if k in needed-found] if trained else []

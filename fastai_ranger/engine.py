@@ -24,14 +24,22 @@ def _same(a, b):
     "Do the lists `a` and `b` hold the same objects?"
     return len(a)==len(b) and all(map(is_, a, b))
 
+def _store(states, k, v):
+    "Store under `k` in `states` what a stepper returned: a list or tuple holds one value for each, anything else is shared, `None` drops it"
+    each = v if isinstance(v, (list,tuple)) else [v]*len(states)
+    for s,o in zip(states, each):
+        if o is None: s.pop(k, None)
+        else: s[k] = o
+    return each
+
 class Bucket:
     "Parameters that are treated alike, with their states"
     def __init__(self, group, params, states):
         self.group,self.params,self.states = group,params,states
         self.found,n = self._objects(),len(states[0])
         self.values = {k: v if isinstance(v, _plain) else self.found[i::n] for i,(k,v) in enumerate(states[0].items())}
-        lists = [[p.grad for p in params], *(o for o in self.values.values() if isinstance(o, list) and all(isinstance(t, Tensor) for t in o))]
-        self.alike = all(strides(o)==strides(params) for o in lists)
+        lists = [[torch.empty_like(p, device='meta') for p in params], [p.grad for p in params], *(o for o in self.values.values() if isinstance(o, list) and all(isinstance(t, Tensor) for t in o))]
+        self.same_layout = all(strides(o)==strides(params) for o in lists)
 
     def _objects(self): return list(chain.from_iterable(map(dict.values, self.states)))
 
@@ -42,25 +50,19 @@ class Bucket:
 
     def run(self, calls, hyper, grad):
         "Call each stepper once for all `params`, store the state they return, and return the gradients they leave"
-        new,alike = {},self.alike
+        new,same = {},self.same_layout
         for f,settled in calls:
-            res = f.run(self.params, grad, {**self.values, **new, **settled, **hyper}, alike) or {}
+            res = f.run(self.params, grad, {**self.values, **new, **settled, **hyper}, same) or {}
             if 'grad' in res:
                 grad = res.pop('grad')
-                alike = alike and strides(grad)==strides(self.params)
+                same = same and strides(grad)==strides(self.params)
             new.update(res)
-        for k,v in new.items(): self._store(k, v)
+        for k,v in new.items():
+            each = _store(self.states, k, v)
+            if k in self.values and v is not None and isinstance(v, _plain): # this bucket stays current
+                self.values[k] = v
+                self.found[list(self.values).index(k)::len(self.values)] = each
         return grad
-
-    def _store(self, k, v):
-        "Store `v` under `k`; `None` drops it. What was there already, and a plain value, is noted in `found`, so that this bucket stays current"
-        each = v if isinstance(v, (list,tuple)) else [v]*len(self.states)
-        for s,o in zip(self.states, each):
-            if o is None: s.pop(k, None)
-            else: s[k] = o
-        if k in self.values and v is not None and isinstance(v, _plain):
-            self.values[k] = v
-            self.found[list(self.values).index(k)::len(self.values)] = each
 
 # %% ../nbs/03_engine.ipynb #8e3731fd
 most_numbers = 2**24 # in a bucket on a CPU, about: what a stepper allocates for it stays small
@@ -74,7 +76,7 @@ def _check_grad(name, p):
 
 class MultiTensorOptimizer(Optimizer):
     "An `Optimizer` that calls each stepper of `cbs` once for all parameters that are treated alike"
-    _keep_on_clear = [*Optimizer._keep_on_clear, 'do_gc']
+    _keep_on_clear = [*Optimizer._keep_on_clear, 'do_gc', 'do_muon']
     def __init__(self,
         params, # Parameters, or lists of them: one list for each parameter group
         cbs, # Steppers: these, fastai's, or your own
@@ -88,8 +90,10 @@ class MultiTensorOptimizer(Optimizer):
         if len(set(ps)) < len(ps): raise ValueError("`params` has a parameter more than once")
         self._declare(cbs)
         super().__init__(params, cbs, **merge(*({k: v for k,v in f.defaults.items() if k not in settled} for f,settled in self.calls), defaults))
-        for _,settled in self.calls:
+        for f,settled in self.calls:
             for k,v in settled.items(): self.check_hyper(k, v)
+            for k in f.hypers:
+                if k in f.needs and k not in {**settled, **self.hypers[0]}: raise ValueError(f"{f.__name__} needs `{k}`, {f.hypers[k]}")
 
     def _declare(self, cbs):
         "Gather what the steppers declare"
@@ -145,7 +149,7 @@ class MultiTensorOptimizer(Optimizer):
         return self._last[2]
 
     def _fingerprint(self):
-        "What the buckets depend on, besides state"
+        "What the buckets depend on, besides state: which groups have equal hypers, which parameters have a gradient, and how both lie in memory"
         hypers,ps = list(self.hypers),[p for pg in self.param_lists for p in pg if p.grad is not None]
         groups,both = list(zip(map(hypers.index, hypers), map(len, self.param_lists))),ps+[p.grad for p in ps]
         return groups,list(map(id, ps)),list(map(Tensor.data_ptr, ps)),[o.dtype for o in both],strides(both)
@@ -172,11 +176,11 @@ class MultiTensorOptimizer(Optimizer):
         "Of each parameter and its state, start what the state lacks, and move what it has to where the parameter is now, as after `model.double()`"
         for (k,start),(p,state) in product(self.starts.items(), rows): # by name: one kind side by side in memory makes large steps 5% faster
             v = state.get(k)
-            if v is None and (new := start_value(start, p)) is not None: state[k] = new
+            if v is None and (new := start_value(start, p, state)) is not None: state[k] = new
             elif isinstance(v, Tensor) and (v.dtype,v.device) != (p.dtype,p.device):
-                new = start_value(start, p)
+                new = start_value(start, p, state)
                 if new is None and start: del state[k] # not kept for such a parameter
-                else: state[k] = v.to(p.device, p.dtype if new is None else new.dtype)
+                else: state[k] = v.to(p.device, new.dtype if isinstance(new, Tensor) else p.dtype)
 
     # The step
 
@@ -187,7 +191,7 @@ class MultiTensorOptimizer(Optimizer):
         buckets,changed = self.buckets(),{} # raises if a gradient cannot be stepped
         for scope,calls in self.phases:
             if scope=='alike':
-                for b in buckets or self.buckets():
+                for b in buckets or self.buckets(): # anew, as the phase before may have changed state
                     given = [changed.get(p, p.grad) for p in b.params] if changed else [p.grad for p in b.params]
                     grad = b.run(calls, self.hypers[b.group], given)
                     if grad is not given and len(self.phases) > 1: changed.update(zip(b.params, grad))
@@ -201,8 +205,7 @@ class MultiTensorOptimizer(Optimizer):
             each,ps = [{**s, **settled, **h} for _,_,s,h in rows],[o[0] for o in rows]
             res = f.f(ps, [changed.get(p, p.grad) for p in ps], **{k: [o.get(k) for o in each] for k in merge(*each)}) or {}
             if 'grad' in res: changed.update(zip(ps, res.pop('grad')))
-            for k,vs in res.items():
-                for (_,_,s,_),v in zip(rows, vs): s[k] = v
+            for k,v in res.items(): _store([s for _,_,s,_ in rows], k, v)
 
     def _run_each(self, calls, changed):
         "Call steppers of one tensor, which find the gradient in `p.grad`"
@@ -224,7 +227,7 @@ class MultiTensorOptimizer(Optimizer):
         for p in chain(*self.param_lists): p.grad = None
 
     def clear_state(self):
-        "Drop all state but `force_train` and `do_wd`"
+        "Drop all state but the flags in `_keep_on_clear`"
         super().clear_state()
         self._last = None # the buckets hold the tensors
 
@@ -241,7 +244,7 @@ class MultiTensorOptimizer(Optimizer):
             if not p.requires_grad: p.grad = None
 
     def state_dict(self):
-        "State of each parameter and hypers of each group; what `restart` has dropped is there as it will start"
+        "State of each parameter and hypers of each group; what `restart` has dropped is saved as its start value"
         anchored = {k: self.starts[k] for k in self.anchored}
         def whole(p, s): return {**start_state(anchored, p, s), **s} if set(s)-set(self._keep_on_clear) else s
         return dict(state=[whole(p, s) for p,_,s,_ in self.all_params()], hypers=self.hypers)

@@ -17,6 +17,7 @@ from fastai.torch_core import get_model
 from functools import partial
 from .engine import *
 from .variants import *
+from .muon import *
 from .schedule import *
 
 # %% ../nbs/14_learner.ipynb #2deeae60
@@ -40,10 +41,11 @@ _create_opt = Learner.create_opt
 
 @patch
 def create_opt(self:Learner):
-    "fastai's `create_opt`; embeddings are spared where gradients are centralized, and the optimizer begins anew when weights are loaded"
+    "fastai's `create_opt`; the model says which weights to centralize and which get Muon, and the optimizer begins anew when weights are loaded"
     _create_opt(self)
     fs = {f for f,_ in self.opt.calls} if isinstance(self.opt, MultiTensorOptimizer) else set()
     if fs & {centralize, centralized_radam_step}: spare_embeddings(self.opt, self.model)
+    if muon_radam_step in fs: spare_ends(self.opt, self.model)
     _restart_on_load(self)
 
 # %% ../nbs/14_learner.ipynb #f2e0c1b9

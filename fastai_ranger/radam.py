@@ -27,7 +27,7 @@ def rectify(
 def _warn_unless_rectified(name, sqr_mom):
     if rectify(10**6, sqr_mom)==0: warn(f"`{name}` is {sqr_mom}: RAdam rectifies only above 2/3, so this is SGD with momentum")
 
-@stepper(hypers=dict(eps=hyper(1e-5, 0), beta=hyper(0., 0), sqr_mom=hyper(None, 0, 1, also=_warn_unless_rectified),
+@stepper(hypers=dict(eps=hyper(1e-5, 0), beta=hyper(0., 0), sqr_mom=hyper(None, 0, 1, warn=_warn_unless_rectified),
                      unrectified=hyper(among=('momentum', 'skip'))))
 def radam_step(p, grad, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps,
                beta=0., unrectified='momentum', rectified=True, max_avg=None, **kwargs):

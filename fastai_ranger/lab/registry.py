@@ -19,6 +19,7 @@ from fastcore.meta import delegates
 from .twins import twins
 from ..variants import *
 from ..ranger_2021 import *
+from ..muon import muon,ranger_muon
 from ..kahan import ranger_kahan
 from ..radam import RAdam
 from ..optimizer import ranger
@@ -88,6 +89,8 @@ register('ranger_qh', partial(ranger_qh, decouple_wd=True, **fastai_hypers), col
 register('ranger_adabelief', partial(ranger_adabelief, **{**fastai_hypers, 'eps': 1e-12}), color='#7f7f7f', twin='stock_adabelief', **_ranger)
 register('ranger_lars', partial(ranger_lars, **fastai_hypers), color='#bcbd22', twin='stock_lars', **_ranger)
 register('ranger21', ranger21, 8e-3, '#17becf', 'stock21', 15+4/5)
+register('ranger_muon', ranger_muon, 2.5e-2, '#e6007e', 'stock_muon')
+register('muon', muon, 1e-2, '#f9a8d4', 'muon')
 register('adam_l2', partial(stock.Adam, decouple_wd=False), color='#aec7e8', **_inside)
 register('lookahead_adam', lookahead(stock.Adam), 3e-3, '#393b79', moves=_adam+_lookahead)
 register('lookahead_sgd', lookahead(_sgd), 1e-1, '#98df8a', moves=5+_lookahead)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['twins', 'centralize_one', 'radam_update_one', 'max_sqr_one', 'calibrated_one', 'belief_one', 'trust_one', 'clip_one',
-           'normalize_one', 'average_pnm_one', 'stable_decay_one', 'norm_loss_one', 'pnm_one']
+           'normalize_one', 'average_pnm_one', 'stable_decay_one', 'norm_loss_one', 'pnm_one', 'muon_one']
 
 # %% ../../nbs/lab/02_twins.ipynb #33336edd
 import torch
@@ -62,6 +62,16 @@ def pnm_one(p, lr, mom, sqr_mom, eps, beta, pnm, step, odd_avg, even_avg, max_av
     num = (now*(1+pnm)-other*pnm)/((1+pnm)**2+pnm**2)**.5/(1-mom**step)
     p.data.addcdiv_(num, F.softplus(denom, beta) if beta else denom, value=-lr)
 
+def muon_one(p, lr, mom, grad_avg, **kwargs):
+    if p.ndim < 2 or min(len(p), p.numel()//len(p)) < 2 or p.ndim > 2 and p.shape[1]==1: return stock.radam_step(p, lr=lr, mom=mom, grad_avg=grad_avg, **kwargs)
+    x = p.grad.lerp(grad_avg, mom).reshape(len(p), -1)
+    if x.norm(): x = x/x.norm()
+    for _ in range(5):
+        gram = x@x.T if x.shape[0] < x.shape[1] else x.T@x
+        poly = 3.4445*torch.eye(len(gram), dtype=x.dtype) - 4.775*gram + 2.0315*gram@gram
+        x = poly@x if x.shape[0] < x.shape[1] else x@poly
+    p.data.add_(x.reshape(p.shape), alpha=-lr*.2*max(x.shape)**.5)
+
 # %% ../../nbs/lab/02_twins.ipynb #b570bb71
 class _Stock21(stock.Optimizer):
     "A fastai `Optimizer` that stops after the averages, to find the mean of all squares"
@@ -93,5 +103,6 @@ twins = dict(
     stock_qh=_stock(stock.weight_decay, *_averages, stock.qhadam_step, **_usual, nu_1=.7, nu_2=1.),
     stock_adabelief=_stock(stock.weight_decay, centralize_one, _averages[0], belief_one, stock.step_stat, stock.radam_step, **{**_usual, 'eps': 1e-12}),
     stock_lars=_stock(stock.weight_decay, *_averages, radam_update_one, trust_one, stock.sgd_step, **_usual),
+    stock_muon=_stock(stock.weight_decay, *_averages, muon_one, **_usual),
     stock21=_stock(clip_one, centralize_one, normalize_one, stock.average_sqr_grad, stock.step_stat, average_pnm_one,
                     max_sqr_one, stable_decay_one, norm_loss_one, pnm_one, cls=_Stock21, k=5, mom=.9, sqr_mom=.999, eps=1e-8, wd=1e-4, clip=.01, norm_loss=1e-4, beta=50., pnm=1.))
