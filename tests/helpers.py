@@ -10,6 +10,14 @@ from fastai_ranger.lab.twins import twins as stock_members
 
 members = {k: o.opt_func for k,o in optimizers.items() if o.twin in stock_members and k not in stock_members} # the variants of Ranger
 
+def ours(info):
+    "Does the record `info` make an optimizer on our engine?"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: opt = info.opt_func([torch.nn.Parameter(torch.zeros(1))], lr=info.lr)
+        except ImportError: return False # of a package that is not installed
+    return isinstance(opt, (MultiTensorOptimizer, LookaheadWrapper))
+
 # Parameters, steps, state
 
 def param(*vals): return torch.nn.Parameter(torch.tensor(vals, dtype=torch.float64))
