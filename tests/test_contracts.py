@@ -1,5 +1,5 @@
 "Every optimizer by every contract: what `register` knows on our engine is tested here"
-import copy, io, math, pickle, warnings
+import copy, math, pickle, warnings
 from functools import partial
 from unittest.mock import patch
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 from fastai_ranger.all import *
 from fastai_ranger.lab.registry import OptInfo, optimizers, register
-from fastcore.all import L
-from helpers import equal, ours, same
+from helpers import equal, ours, same, through_a_file
 from torch import nn
 
 def alone(name, *args): return OptInfo(name, *args, twin=name) # nothing else has these formulas
@@ -72,17 +71,13 @@ def states(opt, gs):
 
 ## Saved, loaded, copied
 
-def through_a_file(sd):
-    f = io.BytesIO()
-    torch.save(sd, f)
-    f.seek(0)
-    with torch.serialization.safe_globals([L]): return torch.load(f, weights_only=True)
-
 def goes_on_from_a_checkpoint(info, dtype):
-    "to the bit, from any place in the inner loop, and tells of nothing that starts anew"
+    "to the bit, from any place in the inner loop, on slow weights or fast ones, and tells of nothing that starts anew"
     gs = model(dtype)
     opt,saved = make(info, gs),[]
+    if has_slow(opt): opt.set_hypers(k=4, alpha=.3)
     for i in range(9):
+        if i==6 and has_slow(opt): opt.to_slow()
         if i in (1, 4, 5, 6): saved.append((i, through_a_file(opt.state_dict()), copy.deepcopy(gs)))
         go(opt, gs, 1, i)
     for i,sd,ws in saved:
@@ -307,6 +302,8 @@ def layouts_may_change(info):
             go(opt, ps, 1, i, grad=lambda p,i,j: f((as_it_is, turned, channels_last)[i%5%3](random(torch.empty(p.shape, dtype=p.dtype), i, j))))
     assert apart(flat(gs), flat(ws)) < 1e-12
 
+roundings = dict(ranger_lars=50) # it scales what rounding has left of an update
+
 def low_precision_is_near(info, dtype):
     "Within its rounding, mixed with float64 in one optimizer"
     shape = [(4, 3), (5,), (1, 4), ()]
@@ -315,7 +312,7 @@ def low_precision_is_near(info, dtype):
     opt = info.opt_func([exact, low], lr=info.lr)
     go(opt, [exact, low], 14, grad=lambda p,i,j: random(p, i, j%len(shape)).to(dtype).to(p.dtype))
     assert {p.dtype for p in low}=={dtype} and all(p.isfinite().all() for p in low+exact)
-    assert apart(low, exact) < 14*torch.finfo(dtype).eps*max(1, max(p.abs().max().item() for p in exact))
+    assert apart(low, exact) < roundings.get(info.name, 6)*torch.finfo(dtype).eps*max(1, max(p.abs().max().item() for p in exact))
 
 def another_default_dtype_changes_nothing(info, default):
     def run(default):
