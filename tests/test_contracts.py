@@ -13,7 +13,7 @@ from torch import nn
 
 def alone(name, *args): return OptInfo(name, *args, twin=name) # nothing else has these formulas
 
-more = [OptInfo('ranger_skip', partial(ranger, unrectified='skip'), 8e-3, twin='ranger_skip'), OptInfo('radam_l2', partial(RAdam, decouple_wd=False), 3e-3, twin='stock_radam_l2'),
+more = [alone('ranger_skip', partial(ranger, unrectified='skip'), 8e-3), OptInfo('radam_l2', partial(RAdam, decouple_wd=False), 3e-3, twin='stock_radam_l2'),
         OptInfo('ranger_l2_beta', partial(ranger, decouple_wd=False, beta=2.), 8e-3, twin='stock_l2_beta'),
         alone('lookahead_torch_sgd', lookahead(partial(torch.optim.SGD, momentum=.9)), 1e-1), alone('lookahead_torch_adamw', lookahead(torch.optim.AdamW), 3e-3),
         alone('fastais_steppers', partial(MultiTensorOptimizer, cbs=[stock.weight_decay, stock.sgd_step]), 1e-1)]
@@ -57,7 +57,7 @@ def make(info, gs):
     "With weight decay, but for one parameter"
     opt = info.opt_func(gs, lr=info.lr)
     if 'wd' in opt.hypers[0]: opt.set_hyper('wd', .1)
-    if gs==list(gs) and len(gs[0]) > 1: opt.state[gs[0][1]]['do_wd'] = False
+    if len(gs[0]) > 1: opt.state[gs[0][1]]['do_wd'] = False
     return opt
 
 def inner(opt): return opt.opt if isinstance(opt, LookaheadWrapper) else None
