@@ -1,14 +1,19 @@
 "What several tests use"
-import warnings
+import io, warnings
 
 import torch
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.fp16 import MixedPrecision
 from fastai_ranger.all import *
-from fastai_ranger.lab.registry import optimizers
-from fastai_ranger.lab.twins import twins as stock_members
+from fastcore.all import L
 
-members = {k: o.opt_func for k,o in optimizers.items() if o.twin in stock_members and k not in stock_members} # the variants of Ranger
+def ours(info):
+    "Does the record `info` make an optimizer on our engine?"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: opt = info.opt_func([torch.nn.Parameter(torch.zeros(1))], lr=info.lr)
+        except ImportError: return False # of a package that is not installed
+    return isinstance(opt, (MultiTensorOptimizer, LookaheadWrapper))
 
 # Parameters, steps, state
 
@@ -27,6 +32,13 @@ def state(learn): return [{k: torch.as_tensor(v).clone() for k,v in learn.opt.st
 def same(a, b): return len(a)==len(b) and all(x.keys()==y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x,y in zip(a, b))
 def slow(learn): return [learn.opt.state[p].get('slow', p).clone() for p in learn.model.parameters()]
 def equal(a, b): return all(map(torch.equal, a, b))
+
+def through_a_file(sd):
+    "Saved, and read as `Learner.load` does"
+    f = io.BytesIO()
+    torch.save(sd, f)
+    f.seek(0)
+    with torch.serialization.safe_globals([L]): return torch.load(f, weights_only=True)
 
 # In a `Learner`
 

@@ -325,8 +325,7 @@ def test_kill_and_go_on(tmp_path):
 
 class Killed(Exception): pass
 
-@pytest.mark.parametrize('sched', scheds)
-@pytest.mark.parametrize('opt', ['ranger', 'ranger21', 'sgd', 'lookahead_adam', 'stock'])
+@pytest.mark.parametrize('opt,sched', [*(('ranger', o) for o in scheds), *((o, 'flat_cos') for o in ('ranger21', 'sgd', 'lookahead_adam', 'stock'))])
 def test_a_run_goes_on_after_any_epoch(opt, sched, tmp_path, monkeypatch):
     "Stopped in the second and in the last epoch: the rows of the uninterrupted run, to the bit"
     kwargs = dict(get_dls=lambda: data.folder(path, 16).dls(16), model=cnn, opt_func=optimizers[opt].opt_func, lr=1e-2, epochs=4, sched=sched)

@@ -18,7 +18,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params
 from fastai_ranger.all import *
 from fastcore.all import L
-from fastai_ranger.lab.workflows import clip, clip_data, digits_learner, export, fit, largest, resume, skipped_steps, slow_of, stand_still, swap, weights, workflows
+from fastai_ranger.lab.workflows import clip, clip_data, digits_learner, export, fit, largest, resume, skipped_steps, stand_still, swap, weights, workflows
 from helpers import Float64, Overflow, param, same, sgd_ahead, state, steps
 
 stock_is_right = {clip, clip_data, swap, skipped_steps, resume, export}
@@ -36,22 +36,6 @@ def test_no_folder_is_left(tmp_path):
     assert not list(tmp_path.iterdir())
 
 # Weights that change from outside
-
-@pytest.mark.parametrize('n', range(1, 8))
-def test_restart_is_a_new_start(n):
-    "wherever in the cycle"
-    model = torch.nn.Linear(3, 2)
-    opt = sgd_ahead(model.parameters())
-    steps(opt, n)
-    model.load_state_dict({k: torch.full_like(v, 5.) for k,v in model.state_dict().items()})
-    opt.restart()
-    before = weights(model)
-    opt.set_hyper('lr', 0.)
-    steps(opt, 7)
-    assert all(map(torch.equal, before, weights(model)))
-    opt.set_hyper('lr', .1)
-    steps(opt, 2) # nine since the loading
-    assert all(torch.equal(p, opt.state[p]['slow']) for p in model.parameters())
 
 @pytest.mark.parametrize('put', [lambda m: torch.nn.utils.vector_to_parameters(torch.full((8,), 5.), m.parameters()), lambda m: [setattr(p, 'data', torch.full_like(p, 5.)) for p in m.parameters()]])
 def test_weights_that_are_put_in_place_are_the_users_restart(put):
@@ -235,9 +219,8 @@ def test_copies_restart_too():
 # Frozen
 
 @pytest.mark.parametrize('wd', (0., .1))
-@pytest.mark.parametrize('opt_func', [ranger, RAdam])
-def test_frozen_is_frozen(wd, opt_func):
-    learn = digits_learner(opt_func, train_bn=False)
+def test_frozen_is_frozen(wd):
+    learn = digits_learner(ranger, train_bn=False)
     learn.unfreeze()
     fit(learn, wd=wd)
     learn.freeze()
@@ -267,23 +250,6 @@ def test_frozen_by_hand_and_with_gradients_left():
     learn.freeze()
     before = weights(learn.model[:2])
     assert largest(before, weights(fit(learn, wd=.1).model[:2])) == 0
-
-def test_without_a_gradient_nothing_moves():
-    used,unused = param(1.), param(2.)
-    opt = ranger([used, unused], lr=.1, wd=.1)
-    for _ in range(9):
-        (used**2).sum().backward()
-        opt.step()
-        opt.zero_grad()
-    (used+unused).sum().backward() # once
-    opt.step()
-    opt.zero_grad()
-    after = unused.item()
-    for _ in range(9):
-        (used**2).sum().backward()
-        opt.step()
-        opt.zero_grad()
-    assert unused.item() == after < 2
 
 # The first updates
 
@@ -332,17 +298,18 @@ def test_bad_choice(f):
 
 # Schedules
 
-def test_k_and_alpha_scheduled():
+@pytest.mark.parametrize('opt_func', [ranger, lookahead(torch.optim.SGD), lookahead(stock.SGD)])
+def test_k_and_alpha_scheduled(opt_func):
     class See(Callback):
         def before_fit(self): self.seen = []
         def after_step(self):
             p = next(self.model.parameters())
             self.seen.append((self.opt.hypers[0]['k'], self.opt.hypers[0]['alpha'], torch.equal(p, self.opt.state[p]['slow'])))
     sched = {'k': combine_scheds([.5, .5], [SchedNo(2, 2), SchedNo(3, 3)]), 'alpha': SchedLin(.5, .9)}
-    seen = fit(digits_learner(ranger, cbs=[ParamScheduler(sched), See()]), 3).see.seen
+    seen = fit(digits_learner(opt_func, cbs=[ParamScheduler(sched), See()]), 3).see.seen
     assert [o[2] for o in seen] == [i%k==0 for i,(k,*_) in enumerate(seen, 1)]
     assert [o[0] for o in seen] == [2]*12+[3]*12 and seen[0][1] == .5 and seen[23][1] > .85
-    with pytest.raises(ValueError, match='`k` must be a whole number'): fit(digits_learner(ranger, cbs=ParamScheduler({'k': SchedLin(2, 9)})))
+    with pytest.raises(ValueError, match='`k` must be a whole number'): fit(digits_learner(opt_func, cbs=ParamScheduler({'k': SchedLin(2, 9)})))
 
 def test_per_group():
     learn = digits_learner(ranger, lr=slice(1e-4, 1e-2))
@@ -356,8 +323,8 @@ def fit_sgdr(learn, n, lr): learn.fit_sgdr(n, 1, lr)
 
 @pytest.mark.parametrize('method,lr', [(Learner.fine_tune, 8e-3), *((o, lr) for o in (Learner.fit_one_cycle, Learner.fit_flat_cos, fit_sgdr) for lr in (8e-3, slice(1e-3, 8e-3)))])
 def test_schedules_are_stocks(method, lr):
-    ours,theirs = (fit(digits_learner(f), 2, lr, method=method) for f in (ranger, stock.ranger))
-    assert largest(weights(ours.model), weights(theirs.model)) < 1e-4 and ours.recorder.lrs == theirs.recorder.lrs
+    ours,theirs = (fit(digits_learner(f, cbs=Float64()), 2, lr, method=method) for f in (ranger, stock.ranger))
+    assert largest(weights(ours.model), weights(theirs.model)) < 1e-9 and ours.recorder.lrs == theirs.recorder.lrs
 
 @pytest.mark.parametrize('method', [Learner.fit_one_cycle, Learner.fit_flat_cos])
 @pytest.mark.parametrize('stop', (1, 2))
@@ -414,16 +381,16 @@ def test_lr_find_leaves_nothing_behind(fitted):
 # Together with others
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('bad', [(0, 1, 2), (3, 4), (0, 5, 6, 7)])
-def test_skipped_steps_touch_nothing(bad):
+@pytest.mark.parametrize('opt_func,bad', [(ranger, (0, 1, 2)), (ranger, (3, 4)), (ranger, (0, 5, 6, 7)), (lookahead(torch.optim.AdamW), (3, 4))])
+def test_skipped_steps_touch_nothing(opt_func, bad):
     class See(Callback):
         order = 20
         def before_backward(self): self.before = (weights(self.model), state(self.learn))
         def after_step(self):
             if self.train_iter in bad: assert largest(self.before[0], weights(self.model)) == 0 and same(self.before[1], state(self.learn))
             else: assert largest(self.before[0], weights(self.model)) > 0
-    learn = fit(digits_learner(ranger, cbs=[MixedPrecision(), Overflow(*bad), See()]), 2)
-    assert {learn.opt.state[p]['step'] for p in learn.model.parameters()} == {16-len(bad)}
+    learn = fit(digits_learner(opt_func, cbs=[MixedPrecision(), Overflow(*bad), See()]), 2)
+    assert {learn.opt.state[p]['slow_step'] for p in learn.model.parameters()} == {16-len(bad)}
 
 def summary(learn):
     import contextlib, io
@@ -529,11 +496,3 @@ def test_large_weights_are_finite():
     opt = sgd_ahead([p], lr=1e36, k=2)
     steps(opt, 2)
     assert torch.allclose(p, torch.full((1000,), 9.9e37)) and torch.equal(p, opt.state[p]['slow'])
-
-def test_hypers_all_or_none():
-    opt = ranger([param(1.)], lr=.1)
-    before = copy.deepcopy(list(opt.hypers))
-    with pytest.raises(ValueError, match='`mom`'): opt.set_hypers(lr=.5, mom=2)
-    assert list(opt.hypers) == before
-    opt.set_hypers(lr=.5, mom=.5)
-    assert opt.hypers[0]['lr'] == .5 == opt.hypers[0]['mom']

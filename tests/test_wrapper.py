@@ -1,6 +1,5 @@
 "`lookahead` around fastai's optimizers, PyTorch's and others', in a `Learner` and in a bare loop"
-import copy, io, pickle, warnings, weakref
-from contextlib import nullcontext
+import copy, pickle, warnings, weakref
 from functools import partial
 from operator import getitem
 
@@ -8,15 +7,14 @@ import fastai.optimizer as stock
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.schedule import ParamScheduler, SchedLin, SchedNo, combine_scheds
+import fastai.callback.schedule
 from fastai.data.core import Datasets
 from fastai.learner import Learner, load_learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params
 from fastai_ranger.all import *
 from fastai_ranger.lab.workflows import digits_learner, fit, weights
-from helpers import Overflow, Skip, Until, equal, load, param, same, slow, state
+from helpers import Skip, Until, equal, load, param, same, slow, state, through_a_file
 
 stepwise = [torch.optim.SGD, stock.SGD] # one for each of the two roads
 
@@ -297,30 +295,6 @@ def stepped(p, n, f=torch.optim.AdamW, lr=.1, **kwargs):
     walk(opt, p, n)
     return opt
 
-def through_a_file(sd):
-    f = io.BytesIO()
-    torch.save(sd, f)
-    return torch.load(io.BytesIO(f.getvalue()), weights_only=True)
-
-@pytest.mark.parametrize('n', (1, 3, 4))
-@pytest.mark.parametrize('f,times', [(torch.optim.SGD, 2), (torch.optim.AdamW, 1)]) # PyTorch's AdamW goes on in the tensors of what it has loaded
-def test_checkpoint(f, times, n):
-    "resumes to the bit, as often as it is loaded, and stays as it is"
-    p = param(1.)
-    opt = stepped(p, n, f, k=3, alpha=.3)
-    sd = through_a_file(opt.state_dict())
-    kept,w = copy.deepcopy(sd['lookahead']),p.item()
-    whole = walk(opt, p, 5)
-    q = param(w)
-    other = lookahead(f([q], lr=.1))
-    for _ in range(times):
-        with torch.no_grad(): q.fill_(w)
-        other.load_state_dict(sd)
-        assert walk(other, q, 5) == whole and other.hypers[0]['k'] == 3 and other.hypers[0]['alpha'] == .3
-        other.set_hyper('k', 2)
-        now = sd['lookahead']
-        assert now['hypers'] == kept['hypers'] and same(*([{k: torch.as_tensor(v) for k,v in s.items()} for s in o['state']] for o in (now, kept)))
-
 def test_state_dict_keeps_its_hypers():
     opt = stepped(param(1.), 2)
     sd = opt.state_dict()
@@ -350,14 +324,11 @@ def test_plain_checkpoint_in_a_learner():
     load(plain, learn.path/learn.model_dir/'x')
     assert equal(weights(plain.model), weights(learn.model))
 
-@pytest.mark.parametrize('spoil,message', [(lambda sd: sd['lookahead']['state'][0].update(slow=torch.zeros(3)), 'has shape'), (lambda sd: sd['lookahead']['hypers'][0].update(k=2.5), '`k` must be'),
-                                           (lambda sd: sd['param_groups'].append(dict(params=[])), 'different number')])
-@pytest.mark.filterwarnings('ignore')
-def test_refused_with_nothing_changed(spoil, message):
+def test_what_pytorch_refuses_changes_nothing():
     p,q = param(1.),param(1.)
     opt,sd = stepped(p, 4),copy.deepcopy(stepped(q, 5, lr=.2, k=4).state_dict())
-    spoil(sd)
-    with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match=message) if message != 'different number' else nullcontext(): opt.load_state_dict(sd)
+    sd['param_groups'].append(dict(params=[]))
+    with pytest.raises(ValueError, match='different number'): opt.load_state_dict(sd)
     assert opt.state[p]['slow_step'] == 4 and opt.opt.state[p]['step'] == 4 and opt.hypers[0]['k'] == 6 and opt.hypers[0]['lr'] == .1
 
 @pytest.mark.parametrize('again', [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o)), lambda o: pickle.loads(pickle.dumps(copy.deepcopy(o)))])
@@ -406,67 +377,12 @@ def test_a_series_of_changes_is_training(f):
         with torch.no_grad():
             for p in (a, b): p.clamp_(min=-.3)
     assert min(opt.state[p]['slow_step'] for p in (a, b)) == 20 and a.item() == b.item() > -.31
-    with torch.no_grad():
-        for p in (a, b): p.fill_(9.) # in the midst of the series, other weights
-    opt.restart()
-    opt.set_hyper('lr', 0.)
-    for _ in range(6): opt.step()
-    assert a.item() == b.item() == 9
-
-@pytest.mark.parametrize('hypers,match', [(dict(lr=.5, k=0), '`k` must be'), (dict(lr=-1), '`lr` must be'), (dict(k=4, mom=7), '`mom` must be')])
-def test_hypers_of_both_are_set_together_or_not_at_all(hypers, match):
-    opt = lookahead(partial(torch.optim.SGD, momentum=.9))([param(1.)], lr=.1)
-    before = opt.hypers
-    with pytest.raises(ValueError, match=match): opt.set_hypers(**hypers)
-    assert opt.hypers == before
-    opt.set_hypers(lr=.5, k=4, mom=.8)
-    assert {k: opt.hypers[0][k] for k in ('lr', 'k', 'mom')} == dict(lr=.5, k=4, mom=.8)
-
-@pytest.mark.filterwarnings('ignore')
-def test_skipped_steps_touch_nothing():
-    bad = 3, 4
-    learn = fit(digits_learner(lookahead(torch.optim.AdamW), cbs=[MixedPrecision(), Overflow(*bad)]), 2)
-    assert all(o['slow_step']==14 for o in state(learn))
 
 def test_lr_find_leaves_nothing_behind():
     learn = fit(digits_learner(lookahead(torch.optim.AdamW)))
     ws,ahead,hypers = weights(learn.model),ahead_of(learn),copy.deepcopy(learn.opt.hypers)
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=10, show_plot=False)
     assert equal(ws, weights(learn.model)) and same(ahead, ahead_of(learn)) and learn.opt.hypers == hypers
-
-def test_sparse_gradients_are_refused():
-    p = param(1., 2.)
-    opt = lookahead(torch.optim.SGD([p], lr=.1))
-    p.grad = torch.ones_like(p).to_sparse()
-    with pytest.raises(ValueError, match='must be dense'): opt.step()
-    assert p.tolist() == [1, 2] and opt.state[p] == {}
-
-@pytest.mark.parametrize('f', stepwise)
-def test_k_and_alpha_scheduled(f):
-    class See(Callback):
-        def before_fit(self): self.seen = []
-        def after_step(self):
-            p = next(self.model.parameters())
-            self.seen.append((self.opt.hypers[0]['k'], self.opt.hypers[0]['alpha'], torch.equal(p, self.opt.state[p]['slow'])))
-    sched = {'k': combine_scheds([.5, .5], [SchedNo(2, 2), SchedNo(3, 3)]), 'alpha': SchedLin(.5, .9)}
-    seen = fit(digits_learner(lookahead(f), cbs=[ParamScheduler(sched), See()]), 3).see.seen
-    assert [o[2] for o in seen] == [i%k==0 for i,(k,*_) in enumerate(seen, 1)]
-    assert [o[0] for o in seen] == [2]*12+[3]*12 and seen[0][1] == .5 and seen[23][1] > .85
-    with pytest.raises(ValueError, match='`k` must be a whole number'): fit(digits_learner(lookahead(f), cbs=ParamScheduler({'k': SchedLin(2, 9)})))
-
-@pytest.mark.parametrize('f', stepwise)
-def test_per_group(f):
-    a,b = param(1.),param(1.)
-    opt = lookahead(f, k=2)([[a], [b]], lr=.1)
-    opt.set_hyper('lr', [.1, .2])
-    opt.set_hypers(k=[2, 3], alpha=.5)
-    for _ in range(3):
-        a.grad,b.grad = param(1.).detach(),param(1.).detach()
-        opt.step()
-    assert (a.item(), b.item()) == pytest.approx((.8, .7))
-    for k,v in dict(k=[0, 2], alpha=2).items():
-        with pytest.raises(ValueError, match=f'`{k}` must be'): opt.set_hyper(k, v)
-    assert [o['k'] for o in opt.hypers] == [2, 3] and [o['alpha'] for o in opt.hypers] == [.5, .5]
 
 @pytest.mark.parametrize('f', [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize('end', (True, False))
