@@ -46,13 +46,13 @@ def _fit_or_raise(opt, sd):
     together = [{k for k,o in f.state.items() if o is not None and (k in f.anchored)==anchored} for f,_ in opt.calls for anchored in (True, False)]
     states,needed,found = [],set(),set()
     for (where,p),new in zip(named, sd['state']):
-        like = start_state(opt.starts, p)
+        starts = start_state(opt.starts, p)
         flags = {k: v for k,v in {**opt.state[p], **new}.items() if isinstance(v, bool)}
         kept_here = {k for k,v in start_state(opt.starts, p, flags).items() if not isinstance(v, bool)}
-        likes = {k: like.get(k, p) for k in opt.starts.keys() & new.keys()}
+        likes = {k: starts.get(k, p) for k in opt.starts.keys() & new.keys()}
         for k,like in likes.items(): check_value(k, where, new[k], like)
         drop = {k for ks in together for k in ks if not ks & kept_here <= set(new)} | _notes | (opt.anchored if new.get('replaced') else set())
-        drop |= {k for k,o in opt.starts.items() if o is not None and k not in kept_here and not isinstance(like.get(k), bool)}
+        drop |= {k for k,o in opt.starts.items() if o is not None and k not in kept_here and not isinstance(starts.get(k), bool)}
         if 'step' in drop: drop |= set(opt.starts) # averages mean nothing without it
         def take(k, v):
             if not isinstance(v, Tensor): return deepcopy(v)

@@ -38,11 +38,13 @@ def kahan_radam_step(p, grad, lr, wd=0., do_wd=True,
 @stepper(state=dict(slow_comp=_start_comp), hypers=lookahead_step.hypers, anchored=('slow_comp',))
 def kahan_lookahead_step(p, grad, slow, slow_step, k, alpha, comp=None,
     slow_comp=None, # What `slow` lack
+    fast=None, # Fast weights, if `p` holds the slow ones for the moment
     **kwargs
 ):
     "`lookahead_step` that keeps what rounding takes from the slow weights"
     if not comp: return lookahead_step.f(p, grad, slow=slow, slow_step=slow_step, k=k, alpha=alpha)
     if slow_step%k: return
+    if fast: torch._foreach_copy_(comp, slow_comp)
     lists = p,slow,comp,slow_comp
     for w,s,c,d in chunks(*lists) if p[0].is_cpu else zip(*([[o] for o in ts] for ts in lists)): # never all of them in float32
         fast,exact = [o.float() for o in w],[o.float() for o in s]

@@ -95,3 +95,18 @@ def test_follows_the_model_to_another_dtype():
         p.grad = None
     go(opt, p, 7)
     assert opt.state[p]['step'] == 28 and opt.state[p]['comp'].dtype is torch.bfloat16 and p.isfinite().all()
+
+def test_sync_keeps_what_rounding_takes():
+    "Half way to the fast weights, both with what they lack; or, from a visit to the slow ones, nowhere"
+    def whole(s, p=None): return s['slow'].float()+s['slow_comp'].float() if p is None else p.float()+s['comp'].float()
+    for visit in (False, True):
+        p = torch.nn.Parameter(torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16())
+        opt = ranger_kahan([p], lr=1e-3)
+        for i in range(9):
+            p.grad = torch.randn(1000, generator=torch.Generator().manual_seed(i)).bfloat16()
+            opt.step()
+        s = opt.state[p]
+        want = whole(s) if visit else whole(s).lerp(whole(s, p), .5)
+        if visit: opt.to_slow()
+        opt.sync()
+        assert (whole(s, p).detach()-want.detach()).abs().max() < 2e-5 and torch.equal(whole(s), whole(s, p)), visit

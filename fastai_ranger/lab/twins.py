@@ -63,7 +63,7 @@ def pnm_one(p, lr, mom, sqr_mom, eps, beta, pnm, step, odd_avg, even_avg, max_av
     p.data.addcdiv_(num, F.softplus(denom, beta) if beta else denom, value=-lr)
 
 def muon_one(p, lr, mom, grad_avg, **kwargs):
-    if p.ndim < 2 or min(len(p), p.numel()//len(p)) < 2 or p.ndim > 2 and p.shape[1]==1: return stock.radam_step(p, lr=lr, mom=mom, grad_avg=grad_avg, **kwargs)
+    if p.ndim < 2 or len(p) < 2 or p.numel()==len(p) or p.ndim > 2 and p.shape[1]==1: return stock.radam_step(p, lr=lr, mom=mom, grad_avg=grad_avg, **kwargs)
     x = p.grad.lerp(grad_avg, mom).reshape(len(p), -1)
     if x.norm(): x = x/x.norm()
     for _ in range(5):
