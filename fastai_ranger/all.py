@@ -1,4 +1,4 @@
-from .stepper import Stepper,stepper,hyper,unless,sgd_step,momentum_step,average_grad,average_sqr_grad,step_stat,weight_decay,l2_reg
+from .stepper import Stepper,stepper,hyper,common,unless,sgd_step,momentum_step,average_grad,average_sqr_grad,step_stat,weight_decay,l2_reg
 from .engine import MultiTensorOptimizer
 from .radam import RAdam,rectify,radam_step,fused_averages,fused_radam_step
 from .lookahead import slow_weights,lookahead_step

@@ -92,8 +92,9 @@ class MultiTensorOptimizer(Optimizer):
         super().__init__(params, cbs, **merge(*({k: v for k,v in f.defaults.items() if k not in settled} for f,settled in self.calls), defaults))
         for f,settled in self.calls:
             for k,v in settled.items(): self.check_hyper(k, v)
-            for k in f.hypers:
-                if k in f.needs and k not in {**settled, **self.hypers[0]}: raise ValueError(f"{f.__name__} needs `{k}`, {f.hypers[k]}")
+            lacks = f.needs - {*settled, *self.hypers[0], *self.starts}
+            if lacks and not any(o.scope=='each' for o,_ in self.calls): # which may put anything into the state
+                raise ValueError(f"{f.__name__} needs {', '.join(f'`{o}`' for o in sorted(lacks))}: no hyper, and no state that a stepper declares")
 
     def _declare(self, cbs):
         "Gather what the steppers declare"

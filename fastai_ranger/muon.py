@@ -27,13 +27,12 @@ def _fast_bf16(device):
 def _gram(x, n):
     "`n` iterations on `x @ x.mT`"
     gram,q = x@x.mT,None
-    if x.dtype is torch.bfloat16: gram = gram.float()
     for i in range(n):
         poly = torch.baddbmm(gram, gram, gram, beta=_b, alpha=_c)
         poly.diagonal(dim1=-2, dim2=-1).add_(_a)
         q = poly if q is None else poly@q
         if i < n-1: gram = poly@gram@poly
-    return q.to(x.dtype)@x
+    return q@x
 
 def _plain(x, n):
     "`n` iterations on `x`"
@@ -47,17 +46,14 @@ def orthogonalize(
     g # Matrices of one shape: (matrices, rows, columns)
 ): # Matrices of the shape and dtype of `g`
     "The nearest matrices with singular values of about 1, by five Newton-Schulz iterations"
-    tall,x = g.shape[1] > g.shape[2],g
+    tall,x = g.shape[1] > g.shape[2],g if g.dtype is torch.float64 else g.float()
     if tall: x = x.mT
-    low = x.dtype is not torch.float64 and _fast_bf16(x.device)
-    if x.dtype is not torch.float64: x = x.float()
     tiny = torch.finfo(x.dtype).tiny
-    x = x/x.abs().amax((1,2), keepdim=True).clamp(min=tiny) # first, or squares of huge numbers are infinite
+    most = torch.maximum(x.amax((1,2), keepdim=True), -x.amin((1,2), keepdim=True))
+    x = x/most.clamp(min=tiny) # first, or squares of huge numbers are infinite
     x = x/torch.linalg.vector_norm(x, dim=(1,2), keepdim=True).clamp(min=tiny)
-    if low: x = x.bfloat16()
-    if x.shape[2] < (4 if low else 2)*x.shape[1]: x = _plain(x, 5)
-    elif low: x = _gram(_gram(x, 3), 2)
-    else: x = _gram(x, 5)
+    if x.dtype is torch.float32 and _fast_bf16(x.device): x = x.bfloat16()
+    x = _gram(_gram(x, 3), 2) if x.shape[2] >= 2*x.shape[1] else _plain(x, 5)
     return (x.mT if tall else x).to(g.dtype)
 
 # %% ../nbs/12_muon.ipynb #a95d7c2d

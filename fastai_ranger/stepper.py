@@ -19,8 +19,8 @@ class hyper:
     def __init__(self,
         default=None, # Its value if none is given; `None` if one must be
         lo=-math.inf, # Smallest value allowed
-        hi=math.inf, # Values are below this
-        closed=False, # Is `hi` itself allowed, as in [lo, hi]?
+        hi=math.inf, # Upper bound, excluded unless `closed`
+        closed=False, # Is `hi` itself allowed?
         whole=False, # Whole numbers only?
         among=None, # The values allowed, instead of a range
         warn=None # `warn(name, value)` is called with each value that is allowed
@@ -84,9 +84,10 @@ class Stepper:
     def __init__(self, f, state, hypers, anchored, scope, dense):
         update_wrapper(self, f)
         if isinstance(anchored, str): anchored = [anchored]
-        self.needs = [k for k,o in signature(f).parameters.items() if o.default is o.empty]
-        if scope != 'each' and (self.needs[:2] != ['p', 'grad'] or not any(o.kind is o.VAR_KEYWORD for o in signature(f).parameters.values())):
-            raise TypeError(f"a stepper is a function of `p`, `grad`, what it needs, and `**kwargs`; {f.__name__} is one of {', '.join(signature(f).parameters)}")
+        args = signature(f).parameters
+        if scope != 'each' and (list(args)[:2] != ['p', 'grad'] or not any(o.kind is o.VAR_KEYWORD for o in args.values())):
+            raise TypeError(f"a stepper is a function of `p`, `grad`, what it needs, and `**kwargs`; {f.__name__} is one of {', '.join(args)}")
+        self.needs = {k for k,o in args.items() if o.default is o.empty and o.kind is o.POSITIONAL_OR_KEYWORD} - {'p', 'grad'}
         hyper(among=('alike', 'all', 'each')).check('scope', scope)
         if dense and scope != 'alike': raise ValueError(f"`dense` is for the scope 'alike', {f.__name__} has '{scope}'")
         if unknown := set(anchored)-set(state): raise ValueError(f"`anchored` must be names in `state`, {f.__name__} has {', '.join(sorted(unknown))}")

@@ -126,10 +126,58 @@ def test_state_that_differs_in_kind():
     for _ in range(5): a.step(); b.step()
     for o,t in zip(ours, theirs): assert torch.allclose(o, t, atol=1e-14)
 
-def test_a_stepper_without_p_and_grad():
-    with pytest.raises(TypeError, match='the first two parameters of a stepper are `p` and `grad`, step has p, lr'):
-        @stepper()
-        def step(p, lr, **kwargs): pass
+@pytest.mark.parametrize('f,declared,message', [
+    (lambda p, lr, **kwargs: None, {}, 'is one of p, lr, kwargs'),
+    (lambda p, grad, lr: None, {}, r'and `\*\*kwargs`'),
+    (lambda p, grad, **kwargs: None, dict(state=dict(origin=torch.clone), anchored='orign'), '`anchored` must be names in `state`, .* has orign'),
+    (lambda p, grad, **kwargs: None, dict(scope='al'), "`scope` must be one of 'alike', 'all', 'each'"),
+    (lambda p, grad, **kwargs: None, dict(scope='all', dense=True), "`dense` is for the scope 'alike'")])
+def test_a_stepper_that_cannot_be_called_is_refused(f, declared, message):
+    with pytest.raises((TypeError, ValueError), match=message): stepper(**declared)(f)
+
+def test_what_a_stepper_needs_must_be_there():
+    for cbs,name in (([sgd_step, momentum_step], '`grad_avg`'), (fused_averages, '`sqr_mom`')):
+        with pytest.raises(ValueError, match=f'needs .*{name}'): MultiTensorOptimizer([param(1.)], cbs, lr=.1, mom=.9)
+    MultiTensorOptimizer([param(1.)], [stock.average_grad, momentum_step], lr=.1, mom=.9).step() # whose state is not declared
+
+def test_anchored_may_be_one_name():
+    @stepper(state=dict(origin=torch.clone), anchored='origin')
+    def keep(p, grad, origin, **kwargs): torch._foreach_copy_(p, origin)
+    p = param(1.)
+    opt = MultiTensorOptimizer([p], keep, lr=.1)
+    opt.step()
+    p.data.fill_(7.)
+    opt.restart()
+    opt.step()
+    assert p.item() == 7
+
+@pytest.mark.parametrize('scope', ['alike', 'all'])
+def test_what_a_stepper_returns(scope):
+    "A list for each, anything else for all, `None` to drop it"
+    @stepper(state=dict(n=0), scope=scope)
+    def count(p, grad, n, **kwargs):
+        n = n[0] if scope=='all' else n
+        return dict(n=n+1, shared=n, own=[o.detach()*n for o in p], at_times=None if n==1 else p[0].detach().clone())
+    ps = param(2.),param(3.)
+    opt = MultiTensorOptimizer(ps, count, lr=.1)
+    for i in range(3):
+        opt.step()
+        assert [(s['n'], s['shared'], s['own'].item(), 'at_times' in s) for s in map(opt.state.get, ps)] == [(i+1, i, 2.*i, i != 1), (i+1, i, 3.*i, i != 1)]
+
+def test_a_number_that_becomes_a_tensor_of_another_dtype():
+    @stepper(state=dict(scale=0.))
+    def rise(p, grad, scale, **kwargs): return dict(scale=[torch.ones((), dtype=torch.float32) for _ in p])
+    opt = MultiTensorOptimizer([param(1.)], rise, lr=.1)
+    for _ in range(2): opt.step()
+
+def test_dense_is_without_holes():
+    seen = []
+    @stepper(dense=True)
+    def look(p, grad, **kwargs): seen.extend(o.stride() for o in p+grad)
+    p = torch.nn.Parameter(torch.zeros(4, 4)[:, ::2])
+    p.grad = torch.zeros(4, 4)[:, ::2]
+    MultiTensorOptimizer([p], look, lr=.1).step()
+    assert seen == [(2, 1)]*2
 
 def test_gradients_are_values():
     "What a stepper returns as `grad`, the next ones get, whatever their kind; nobody writes to `p.grad`"

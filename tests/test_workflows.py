@@ -18,10 +18,10 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params
 from fastai_ranger.all import *
 from fastcore.all import L
-from fastai_ranger.lab.workflows import clip, clip_data, digits_learner, export, fit, largest, resume, skipped_steps, stand_still, swap, weights, workflows
+from fastai_ranger.lab.workflows import clip, digits_learner, export, fit, largest, resume, skipped_steps, stand_still, swap, weights, workflows
 from helpers import Float64, Overflow, param, same, sgd_ahead, state, steps
 
-stock_is_right = {clip, clip_data, swap, skipped_steps, resume, export}
+stock_is_right = {clip, swap, skipped_steps, resume, export}
 each = pytest.mark.parametrize('f,right', [o[2:] for o in workflows], ids=[o[2].__name__ for o in workflows])
 
 @each

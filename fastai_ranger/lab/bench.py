@@ -35,10 +35,10 @@ usual_opts = 'ranger,stock,optimi,optimi_foreach,optimi_triton,pytorch_optimizer
 # %% ../../nbs/lab/06_bench.ipynb #af4f196f
 bench_models = dict(xresnet18=xresnet18, xresnet50=xresnet50, resnet50=resnet50, awd_lstm=lambda: AWD_LSTM(60000, 400, 1152, 3),
                     vit=lambda: VisionTransformer(image_size=224, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536))
-bench_shapes = dict(small=[(64,)]*500, big=[(4096, 4096)]*2, **{f'{n}M': [(1000, 1000)]*n for n in (1, 10, 100)})
+bench_shapes = dict(small=[(64,)]*500, big=[(4096, 4096)]*2, convs=[(64, 64, 3, 3)]*3+[(128, 128, 3, 3)]*4+[(256, 256, 3, 3)]*6+[(512, 512, 3, 3)]*3, **{f'{n}M': [(1000, 1000)]*n for n in (1, 10, 100)})
 
 def tensors(
-    name:str, # A model of `bench_models`, or a list of `bench_shapes`: `small` is 500 tensors of 64 numbers, `big` two of 4096x4096, `10M` ten of a million
+    name:str, # A model of `bench_models`, or a list of `bench_shapes`: `small` is 500 tensors of 64 numbers, `big` two of 4096x4096, `convs` the 3x3 convolutions of a ResNet-50, `10M` ten of a million
     device:str='cpu', # Device
     dtype:torch.dtype=torch.float32 # Type of parameters and gradients
 )->list: # Parameters, with gradients

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['workflows', 'halves', 'digits_learner', 'fit', 'weights', 'largest', 'stand_still', 'slow_of', 'workflow', 'zero',
-           'load_weights', 'save_model', 'load_state_dict', 'init', 'Clip', 'clip', 'clip_data', 'Swap', 'swap',
-           'end_of_fit', 'Spoil', 'one_nan', 'skipped_steps', 'tells', 'ok', 'resume', 'load_twice', 'from_adam',
-           'other_shapes', 'export', 'frozen', 'freeze', 'frozen_copies', 'GeneratorMoves', 'gan_learner', 'gan',
-           'large_gradients', 'schedule_alpha', 'k_per_group', 'start_epoch', 'find_lr', 'measure']
+           'load_weights', 'save_model', 'load_state_dict', 'init', 'Clip', 'clip', 'Swap', 'swap', 'end_of_fit',
+           'Spoil', 'one_nan', 'skipped_steps', 'tells', 'ok', 'resume', 'load_twice', 'from_adam', 'other_shapes',
+           'export', 'frozen', 'freeze', 'frozen_copies', 'GeneratorMoves', 'gan_learner', 'gan', 'large_gradients',
+           'schedule_alpha', 'k_per_group', 'start_epoch', 'find_lr', 'measure']
 
 # %% ../../nbs/lab/07_workflows.ipynb #d98dbb74
 import contextlib,io,tempfile,torch,warnings
@@ -117,17 +117,14 @@ def init(opt_func):
 # %% ../../nbs/lab/07_workflows.ipynb #a7128f37
 class Clip(Callback):
     "Clip the weights after every update, and count the synchronisations"
-    def __init__(self, limit, through_data=False): self.limit,self.through_data,self.n = limit,through_data,0
+    def __init__(self, limit): self.limit,self.n = limit,0
     def after_step(self):
         self.n += all(torch.equal(p, s) for p,s in slow_of(self.opt).items())
         with torch.no_grad():
-            for p in self.model.parameters(): (p.data if self.through_data else p).clamp_(-self.limit, self.limit)
+            for p in self.model.parameters(): p.clamp_(-self.limit, self.limit)
 
-@workflow("clip weights after each update", "synchronisations in 48 updates", lambda n: n >= 7)
+@workflow("clip weights after each update", "synchronisations in 48 updates", lambda n: n==8)
 def clip(opt_func): return fit(digits_learner(opt_func, cbs=Clip(.3)), 6).clip.n
-
-@workflow("clip weights through `.data`", "synchronisations in 48 updates", lambda n: n==8)
-def clip_data(opt_func): return fit(digits_learner(opt_func, cbs=Clip(.3, through_data=True)), 6).clip.n
 
 # %% ../../nbs/lab/07_workflows.ipynb #abb9d121
 class Swap(Callback):
