@@ -111,11 +111,11 @@ def time_steps(
     infos = {k: find_opt(k, bench_opts) for k in opts.split(',')}
     made,rows,failed,times,rates = {},{},{},[],[]
     for k,info in infos.items():
-        def steps(n=12):
+        def steps(n=6): # which a profiler of memory can hold
             for _ in range(n): made[k].step()
         def start():
             made[k] = info.opt_func(ps, lr=1e-3)
-            steps()
+            steps(2)
         try:
             ps = tensors(name, device, dtype)
             n = sum(p.numel() for p in ps)
