@@ -38,8 +38,9 @@ class Bucket:
         self.group,self.params,self.states = group,params,states
         self.found,n = self._objects(),len(states[0])
         self.values = {k: v if isinstance(v, _plain) else self.found[i::n] for i,(k,v) in enumerate(states[0].items())}
-        lists = [[torch.empty_like(p, device='meta') for p in params], [p.grad for p in params], *(o for o in self.values.values() if isinstance(o, list) and all(isinstance(t, Tensor) for t in o))]
-        self.same_layout = all(strides(o)==strides(params) for o in lists)
+        lists = [o for o in self.values.values() if isinstance(o, list) and all(isinstance(t, Tensor) for t in o)]
+        dense = [torch.empty_like(p, device='meta') for p in params]
+        self.same_layout = all(strides(o)==strides(params) for o in (dense, [p.grad for p in params], *lists))
 
     def _objects(self): return list(chain.from_iterable(map(dict.values, self.states)))
 
@@ -85,8 +86,7 @@ class MultiTensorOptimizer(Optimizer):
         params,cbs = L(params),L(cbs)
         ps = [p for o in params for p in o] if params and isinstance(params[0], (list,L)) else list(params)
         if not ps: raise ValueError("`params` is empty: there is nothing to optimize")
-        for p in ps:
-            if not isinstance(p, Tensor): raise ValueError(f"`params` must hold tensors or lists of tensors, got {type(p)}")
+        if other := [p for p in ps if not isinstance(p, Tensor)]: raise ValueError(f"`params` must hold tensors or lists of them, got {type(other[0])}")
         if len(set(ps)) < len(ps): raise ValueError("`params` has a parameter more than once")
         self._declare(cbs)
         super().__init__(params, cbs, **merge(*({k: v for k,v in f.defaults.items() if k not in settled} for f,settled in self.calls), defaults))
@@ -125,9 +125,7 @@ class MultiTensorOptimizer(Optimizer):
         old = [dict(o) for o in self.hypers]
         try: super().set_hypers(**kwargs)
         except Exception:
-            for h,o in zip(self.hypers, old):
-                h.clear()
-                h.update(o)
+            self.hypers = L(old)
             raise
 
     def set_hyper(self, k, v):

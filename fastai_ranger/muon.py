@@ -91,8 +91,8 @@ def spare_ends(
     model:nn.Module # Its embeddings are spared, and its last linear layer or convolution
 ):
     "Let Muon leave the ends of `model` to RAdam"
-    layers = list(model.modules())
-    ends = [m for m in layers if isinstance(m, (nn.Embedding, nn.EmbeddingBag))] + [m for m in layers if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))][-1:]
+    def layers(*kinds): return [m for m in model.modules() if isinstance(m, kinds)]
+    ends = layers(nn.Embedding, nn.EmbeddingBag) + layers(nn.Linear, nn.modules.conv._ConvNd)[-1:]
     for p in {p for pg in opt.param_lists for p in pg} & {p for m in ends for p in m.parameters()}: opt.state[p]['do_muon'] = False
 
 # %% ../nbs/12_muon.ipynb #4af84e49

@@ -90,7 +90,8 @@ class Stepper:
         self.needs = {k for k,o in args.items() if o.default is o.empty and o.kind is o.POSITIONAL_OR_KEYWORD} - {'p', 'grad'}
         hyper(among=('alike', 'all', 'each')).check('scope', scope)
         if dense and scope != 'alike': raise ValueError(f"`dense` is for the scope 'alike', {f.__name__} has '{scope}'")
-        if unknown := set(anchored)-set(state): raise ValueError(f"`anchored` must be names in `state`, {f.__name__} has {', '.join(sorted(unknown))}")
+        unknown = ', '.join(sorted(set(anchored)-set(state)))
+        if unknown: raise ValueError(f"`anchored` must be names in `state`, {f.__name__} has {unknown}")
         self.f,self.state,self.hypers,self.anchored,self.scope,self.dense = f,state,hypers,anchored,scope,dense
 
     defaults = property(lambda self: {k: o.default for k,o in self.hypers.items() if o.default is not None}) # where fastai's `Optimizer` looks

@@ -97,16 +97,18 @@ register('lookahead_sgd', lookahead(_sgd), 1e-1, '#98df8a', moves=5+_lookahead)
 for k,f in twins.items(): register(k, f, twin=k, **_ranger)
 
 # %% ../../nbs/lab/03_registry.ipynb #43c4b786
-class FlatMuon:
+class FlatMuon(torch.optim.Optimizer):
     "`torch.optim.Muon` on hidden weights, as matrices of filters by the rest, and PyTorch's fused AdamW on the others"
     def __init__(self, params, lr):
-        self.hidden,rest = [p for p in params if p.ndim > 1],[p for p in params if p.ndim < 2]
-        self.flat = [torch.nn.Parameter(p.detach().flatten(1)) for p in self.hidden] # the same memory
+        super().__init__(params, dict(lr=lr))
+        ps = [p for g in self.param_groups for p in g['params']]
+        self.hidden,rest = [p for p in ps if p.ndim > 1],[p for p in ps if p.ndim < 2]
+        self.flat = [torch.nn.Parameter(p.detach().view(len(p), -1)) for p in self.hidden] # the same memory
         made = (self.flat, getattr(torch.optim, 'Muon', None), dict(adjust_lr_fn='match_rms_adamw')),(rest, torch.optim.AdamW, dict(fused=True))
         self.opts = [cls(ps, lr=lr, weight_decay=.01, **kwargs) for ps,cls,kwargs in made if ps]
-        self.param_groups = [g for o in self.opts for g in o.param_groups]
-    def step(self):
-        for p,o in zip(self.hidden, self.flat): o.grad = p.grad.flatten(1)
+    def step(self, closure=None):
+        for g in [g for o in self.opts for g in o.param_groups]: g['lr'] = self.param_groups[0]['lr']
+        for p,o in zip(self.hidden, self.flat): o.grad = None if p.grad is None else p.grad.flatten(1)
         for o in self.opts: o.step()
 
 register('optimi', _peer('optimi', 'Ranger', weight_decay=.01, foreach=False, triton=False), **_ranger)
