@@ -6,7 +6,7 @@
 __all__ = ['most_numbers', 'Bucket', 'MultiTensorOptimizer']
 
 # %% ../nbs/03_engine.ipynb #105ca255
-import math,torch
+import torch
 from collections import defaultdict
 from fastcore.all import L,merge
 from fastai.optimizer import Optimizer

@@ -8,7 +8,7 @@ __all__ = ['fastai_hypers', 'variant', 'inside_lookahead', 'centralize', 'centra
            'lars_radam_step', 'ranger_lars']
 
 # %% ../nbs/10_variants.ipynb #38c8971e
-import math,torch
+import torch
 from fastcore.all import delegates
 from functools import partial
 from torch import nn
