@@ -8,6 +8,5 @@ from .kahan import ranger_kahan,kahan_radam_step,kahan_lookahead_step
 from .wrapper import lookahead,LookaheadWrapper
 from .variants import (ranger_gc,ranger_va,ranger_qh,ranger_adabelief,ranger_lars,fastai_hypers,spare_embeddings,inside_lookahead,
     centralize,centralized_radam_step,fused_amsgrad_step,qh_step,adabelief_step,lars_radam_step)
-from .ranger_2021 import ranger21,adaptive_clip,normalize_grad,average_pnm,max_sqr_avg,pnm_step,stable_decay,norm_loss_step
+from .ranger_2021 import ranger21,adaptive_clip,normalize_grad,average_pnm,max_sqr_avg,pnm_step,stable_decay,norm_loss_step,sched_ranger21
 from .muon import muon,ranger_muon,orthogonalize,muon_step,muon_radam_step,spare_ends
-from .schedule import sched_ranger21

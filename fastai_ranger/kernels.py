@@ -32,7 +32,7 @@ def chunks(
 def denoms(sqr_avg, step, sqr_mom, eps, beta=0.)->list: # A new tensor for each
     "What Adam divides by"
     denom = torch._foreach_sqrt(sqr_avg)
-    torch._foreach_mul_(denom, 1/math.sqrt(1-sqr_mom**step))
+    if sqr_mom: torch._foreach_mul_(denom, 1/math.sqrt(1-sqr_mom**step))
     if eps: torch._foreach_add_(denom, eps)
     if not beta: return denom
     logs = torch._foreach_mul(denom, -beta/math.log(2) if denom[0].is_cpu else -beta)

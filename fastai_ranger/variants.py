@@ -8,7 +8,7 @@ __all__ = ['fastai_hypers', 'variant', 'inside_lookahead', 'centralize', 'centra
            'lars_radam_step', 'ranger_lars']
 
 # %% ../nbs/10_variants.ipynb #38c8971e
-import torch
+import math,torch
 from fastcore.all import delegates
 from functools import partial
 from torch import nn
@@ -167,6 +167,7 @@ def adabelief_step(p, grad, lr, mom, sqr_mom, step, grad_avg,
 )->dict: # `step`
     "Weight decay, averages and the step of AdaBelief"
     t,r = step+1,rectify(step+1, sqr_mom) if rectified else 1.
+    debias = math.sqrt(1-sqr_mom**t)
     for w,g,m,v in chunks(p, grad, grad_avg, var_avg):
         if do_wd and wd: torch._foreach_mul_(w, 1-lr*wd)
         torch._foreach_lerp_(m, g, 1-mom)
@@ -174,7 +175,7 @@ def adabelief_step(p, grad, lr, mom, sqr_mom, step, grad_avg,
         torch._foreach_mul_(v, sqr_mom)
         torch._foreach_addcmul_(v, surprise, surprise, value=1-sqr_mom)
         if eps: torch._foreach_add_(v, eps)
-        if r: torch._foreach_addcdiv_(w, m, denoms(v, t, sqr_mom, eps), value=-lr*r/(1-mom**t))
+        if r: torch._foreach_addcdiv_(w, m, denoms(v, 1, 0., eps*debias), value=-lr*r*debias/(1-mom**t))
         else: torch._foreach_add_(w, m, alpha=-lr/(1-mom**t))
     return dict(step=t)
 

@@ -182,12 +182,12 @@ def _make(params, opt_func, **kwargs):
     if is_listy(opt_func): return MultiTensorOptimizer(params, opt_func, **kwargs)
     f = opt_func.func if isinstance(opt_func, partial) else opt_func
     if isinstance(f, type) and issubclass(f, torch.optim.Optimizer): return OptimWrapper(params, opt_func, **kwargs)
-    opt = opt_func(params, **kwargs)
-    return OptimWrapper(opt=opt) if isinstance(opt, torch.optim.Optimizer) else opt
+    return opt_func(params, **kwargs)
 
 def _refuse(opt_func, why): raise ValueError(f"`lookahead` cannot be put around {getattr(opt_func, '__name__', repr(opt_func))}: {why}")
 
 def _around(opt, opt_func, k, alpha):
+    if isinstance(opt, torch.optim.Optimizer): opt = OptimWrapper(opt=opt)
     if why := _why_not(opt): _refuse(opt_func, why)
     return (LookaheadWrapper if isinstance(opt, OptimWrapper) else _around_steppers)(opt, k=k, alpha=alpha)
 
@@ -201,8 +201,7 @@ def lookahead(
 ): # An `opt_func`; around what is built already, a `LookaheadWrapper`
     "Lookahead around the optimizer that `opt_func` makes"
     for name,v in dict(k=k, alpha=alpha).items(): lookahead_step.hypers[name].check(name, v)
-    if isinstance(opt_func, torch.optim.Optimizer): return _around(OptimWrapper(opt=opt_func), opt_func, k, alpha)
-    if isinstance(opt_func, OptimWrapper): return _around(opt_func, opt_func, k, alpha)
+    if isinstance(opt_func, (torch.optim.Optimizer, OptimWrapper)): return _around(opt_func, opt_func, k, alpha)
     if not (callable(opt_func) or is_listy(opt_func)): _refuse(opt_func, "it makes no optimizer")
     lr = {o:v for o,v in getattr(opt_func, 'keywords', {}).items() if o=='lr'} # where `Learner` looks for it
     return partial(_lookahead, opt_func=opt_func, k=k, alpha=alpha, **lr)
