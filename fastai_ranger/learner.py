@@ -45,7 +45,7 @@ def create_opt(self:Learner):
     _create_opt(self)
     fs = {f for f,_ in self.opt.calls} if isinstance(self.opt, MultiTensorOptimizer) else set()
     if fs & {centralize, centralized_radam_step}: spare_embeddings(self.opt, self.model)
-    if muon_radam_step in fs: spare_ends(self.opt, self.model)
+    if 'do_muon' in getattr(self.opt, 'starts', ()): spare_ends(self.opt, self.model)
     _restart_on_load(self)
 
 # %% ../nbs/13_learner.ipynb #f2e0c1b9

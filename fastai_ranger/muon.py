@@ -43,9 +43,10 @@ def _plain(x, n):
 
 # %% ../nbs/12_muon.ipynb #7ac4f1a4
 def orthogonalize(
-    g # Matrices of one shape: (matrices, rows, columns)
+    g, # Matrices of one shape: (matrices, rows, columns)
+    n:int=5 # Iterations, from 1 on
 ): # Matrices of the shape and dtype of `g`
-    "The nearest matrices with singular values of about 1, by five Newton-Schulz iterations"
+    "The nearest matrices with singular values of about 1, by Newton-Schulz iterations"
     tall,x = g.shape[1] > g.shape[2],g if g.dtype is torch.float64 else g.float()
     if tall: x = x.mT
     tiny = torch.finfo(x.dtype).tiny
@@ -53,13 +54,16 @@ def orthogonalize(
     x = x/most.clamp(min=tiny) # first, or squares of huge numbers are infinite
     x = x/torch.linalg.vector_norm(x, dim=(1,2), keepdim=True).clamp(min=tiny)
     if x.dtype is torch.float32 and _fast_bf16(x.device): x = x.bfloat16()
-    x = _gram(_gram(x, 3), 2) if x.shape[2] >= 2*x.shape[1] else _plain(x, 5)
+    if x.shape[2] < 2*x.shape[1]: x = _plain(x, n)
+    else:
+        for i in range(0, n, 3): x = _gram(x, min(3, n-i))
     return (x.mT if tall else x).to(g.dtype)
 
 # %% ../nbs/12_muon.ipynb #a95d7c2d
-@stepper(state=dict(grad_avg=torch.zeros_like), hypers=dict(wd=common['wd']))
+@stepper(state=dict(grad_avg=torch.zeros_like), hypers=dict(wd=common['wd'], ns_steps=hyper(lo=1, whole=True)))
 def muon_step(p, grad, lr, mom, grad_avg, wd=0., do_wd=True,
     nesterov=True, # Look ahead along the momentum?
+    ns_steps=5, # Newton-Schulz iterations, a whole number from 1 on
     **kwargs
 ):
     "Weight decay, momentum and the step of Muon"
@@ -69,14 +73,14 @@ def muon_step(p, grad, lr, mom, grad_avg, wd=0., do_wd=True,
     for w,u in zip(p, torch._foreach_lerp(grad, grad_avg, mom) if nesterov else grad_avg): shapes[len(w),w.numel()//len(w)].append((w,u))
     for shape,pairs in shapes.items():
         ws,us = zip(*pairs)
-        us = orthogonalize(torch.stack([o.reshape(shape) for o in us]))
+        us = orthogonalize(torch.stack([o.reshape(shape) for o in us]), ns_steps)
         torch._foreach_add_(ws, [u.view_as(w) for u,w in zip(us, ws)], alpha=-lr*.2*math.sqrt(max(shape)))
 
 # %% ../nbs/12_muon.ipynb #689a92a6
 def _is_matrix(p): return p.ndim > 1 and len(p) > 1 and p.numel() > len(p) and (p.ndim==2 or p.shape[1] > 1)
 
 @stepper(state=dict(do_muon=_is_matrix, step=0, grad_avg=torch.zeros_like, sqr_avg=unless('do_muon', torch.zeros_like)),
-         hypers=fused_radam_step.hypers, dense=True)
+         hypers={**fused_radam_step.hypers, **muon_step.hypers}, dense=True)
 def muon_radam_step(p, grad, step,
     do_muon, # Muon, rather than RAdam?
     **kwargs # As for `muon_step` and `fused_radam_step`
@@ -104,10 +108,11 @@ def muon(
     eps:float=1e-6, # Added to RAdam's denominator for numerical stability, in [0, inf)
     *,
     sqr_mom:float=.99, # RAdam's gradient squared moving average (β2) coefficient, in [0, 1)
-    nesterov:bool=True # Let Muon look ahead along the momentum?
+    nesterov:bool=True, # Let Muon look ahead along the momentum?
+    ns_steps:int=5 # Newton-Schulz iterations, a whole number from 1 on
 )->MultiTensorOptimizer:
     "Muon for hidden weights, RAdam for the rest"
-    return MultiTensorOptimizer(params, partial(muon_radam_step, nesterov=nesterov), lr=lr, mom=mom, wd=wd, eps=eps, sqr_mom=sqr_mom)
+    return MultiTensorOptimizer(params, partial(muon_radam_step, nesterov=nesterov, ns_steps=ns_steps), lr=lr, mom=mom, wd=wd, eps=eps, sqr_mom=sqr_mom)
 
 @delegates(muon)
 def ranger_muon(

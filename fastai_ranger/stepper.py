@@ -68,7 +68,7 @@ def strides(ts):
 def _call_dense(f, p, grad, values, names):
     "`f` on tensors that lie in memory as those of `p` do, without holes: what lies otherwise is copied, and copied back"
     dense = [torch.empty_like(o) for o in p]
-    def fit(ts): return [t if t.stride()==o.stride() else torch.empty_like(o).copy_(t) for t,o in zip(ts, dense)]
+    def fit(ts): return [t if t.shape != o.shape or t.stride()==o.stride() else torch.empty_like(o).copy_(t) for t,o in zip(ts, dense)]
     state = {k: values[k] for k in names if isinstance(values.get(k), list)}
     copies = {k: fit(ts) for k,ts in state.items()}
     w = fit(p)

@@ -179,6 +179,15 @@ def test_dense_is_without_holes():
     MultiTensorOptimizer([p], look, lr=.1).step()
     assert seen == [(2, 1)]*2
 
+def test_dense_leaves_state_of_another_shape_alone():
+    @stepper(state=dict(rows=lambda p: p.new_zeros(len(p), 1)), dense=True)
+    def count(p, grad, rows, **kwargs): torch._foreach_add_(rows, 1.)
+    p = torch.nn.Parameter(torch.zeros(2, 3).t())
+    p.grad = torch.zeros(3, 2)
+    opt = MultiTensorOptimizer([p], count, lr=.1)
+    for _ in range(2): opt.step()
+    assert opt.state[p]['rows'].tolist() == [[2]]*3
+
 def test_gradients_are_values():
     "What a stepper returns as `grad`, the next ones get, whatever their kind; nobody writes to `p.grad`"
     seen = []
