@@ -1,4 +1,7 @@
 __version__ = "0.1.0"
 
-from .optimizer import ranger
-from . import learner # what changes in fastai
+import warnings
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore') # what fastai's own imports warn of
+    from .optimizer import ranger
+    from . import learner # what changes in fastai

@@ -88,7 +88,7 @@ class MultiTensorOptimizer(Optimizer):
         if not ps: raise ValueError("`params` is empty: there is nothing to optimize")
         if other := [p for p in ps if not isinstance(p, Tensor)]: raise ValueError(f"`params` must hold tensors or lists of them, got {type(other[0])}")
         if len(set(ps)) < len(ps): raise ValueError("`params` has a parameter more than once")
-        self._declare(cbs)
+        self._declare(cbs, defaults)
         super().__init__(params, cbs, **merge(*({k: v for k,v in f.defaults.items() if k not in settled} for f,settled in self.calls), defaults))
         for f,settled in self.calls:
             for k,v in settled.items(): self.check_hyper(k, v)
@@ -96,19 +96,20 @@ class MultiTensorOptimizer(Optimizer):
             if lacks and not any(o.scope=='each' for o,_ in self.calls): # which may put anything into the state
                 raise ValueError(f"{f.__name__} needs {', '.join(f'`{o}`' for o in sorted(lacks))}: no hyper, and no state that a stepper declares")
 
-    def _declare(self, cbs):
+    def _declare(self, cbs, hypers):
         "Gather what the steppers declare"
         self.calls = [as_stepper(o) for o in cbs]
         fs = [f for f,_ in self.calls]
         self.phases = [(scope, list(calls)) for scope,calls in groupby(self.calls, lambda o: o[0].scope)]
         self.starts,self.anchored = merge(*(f.state for f in fs)),{k for f in fs for k in f.anchored}
         self.checks = [common, *(f.hypers for f in fs)]
+        self.names = {*hypers, *chain(*self.checks)}
         self._last = None
 
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('calls', 'phases', 'starts', 'anchored', 'checks', '_last')}
+    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('calls', 'phases', 'starts', 'anchored', 'checks', 'names', '_last')}
     def __setstate__(self, d):
         self.__dict__.update(d)
-        self._declare(self.cbs)
+        self._declare(self.cbs, self.hypers[0])
 
     def named_params(self)->list: # What to call each parameter in a message, and the parameter
         return [(f"parameter {j} of group {i}", p) for i,pg in enumerate(self.param_lists) for j,p in enumerate(pg)]
@@ -130,6 +131,7 @@ class MultiTensorOptimizer(Optimizer):
 
     def set_hyper(self, k, v):
         "Set hyper `k` to `v`: a value for all groups, or a list or slice with one for each"
+        check_name(k, self.names)
         if getattr(v, 'ndim', None)==0: v = v.item() # a scalar of NumPy or PyTorch
         super().set_hyper(k, [v] if v is None else v)
 

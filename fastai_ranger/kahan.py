@@ -57,6 +57,7 @@ def kahan_lookahead_step(p, grad, slow, slow_step, k, alpha, comp=None,
         for ts in c,d: torch._foreach_copy_(ts, exact)
 
 # %% ../nbs/08_kahan.ipynb #20e05c88
+@named
 def ranger_kahan(
     params, # Model parameters, or lists of them: one list for each parameter group
     lr:float|slice, # Default learning rate, in [0, inf)

@@ -100,6 +100,7 @@ def spare_ends(
     for p in {p for pg in opt.param_lists for p in pg} & {p for m in ends for p in m.parameters()}: opt.state[p]['do_muon'] = False
 
 # %% ../nbs/12_muon.ipynb #4af84e49
+@named
 def muon(
     params, # Model parameters, or lists of them: one list for each parameter group
     lr:float|slice, # Default learning rate, in [0, inf)
@@ -114,6 +115,7 @@ def muon(
     "Muon for hidden weights, RAdam for the rest"
     return MultiTensorOptimizer(params, partial(muon_radam_step, nesterov=nesterov, ns_steps=ns_steps), lr=lr, mom=mom, wd=wd, eps=eps, sqr_mom=sqr_mom)
 
+@named
 @delegates(muon)
 def ranger_muon(
     params, # Model parameters, or lists of them: one list for each parameter group

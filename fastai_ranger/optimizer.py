@@ -7,11 +7,13 @@ __all__ = ['ranger']
 
 # %% ../nbs/06_optimizer.ipynb #e1b0e14a
 from functools import partial
+from .stepper import *
 from .engine import *
 from .radam import *
 from .lookahead import *
 
 # %% ../nbs/06_optimizer.ipynb #f8d121ca
+@named
 def ranger(
     params, # Model parameters, or lists of them: one list for each parameter group
     lr:float|slice, # Default learning rate, in [0, inf)

@@ -127,6 +127,7 @@ class LookaheadWrapper(OptimWrapper):
 
     def set_hyper(self, k, v):
         "Set hyper `k`, of Lookahead or of the optimizer inside, to `v`"
+        check_name(k, self.hypers[0])
         (self.ahead if k in self.ahead.hypers[0] else super()).set_hyper(k, v)
 
     def _set_hyper(self, k, v):
@@ -184,12 +185,19 @@ def _make(params, opt_func, **kwargs):
     if isinstance(f, type) and issubclass(f, torch.optim.Optimizer): return OptimWrapper(params, opt_func, **kwargs)
     return opt_func(params, **kwargs)
 
-def _refuse(opt_func, why): raise ValueError(f"`lookahead` cannot be put around {getattr(opt_func, '__name__', repr(opt_func))}: {why}")
+def _name(opt_func):
+    f = opt_func.func if isinstance(opt_func, partial) else opt_func
+    if isinstance(f, OptimWrapper): f = f.opt
+    return getattr(f, '__name__', None) or (f"[{', '.join(map(_name, f))}]" if is_listy(f) else type(f).__name__)
+
+def _refuse(opt_func, why): raise ValueError(f"`lookahead` cannot be put around {_name(opt_func)}: {why}")
 
 def _around(opt, opt_func, k, alpha):
     if isinstance(opt, torch.optim.Optimizer): opt = OptimWrapper(opt=opt)
     if why := _why_not(opt): _refuse(opt_func, why)
-    return (LookaheadWrapper if isinstance(opt, OptimWrapper) else _around_steppers)(opt, k=k, alpha=alpha)
+    res = (LookaheadWrapper if isinstance(opt, OptimWrapper) else _around_steppers)(opt, k=k, alpha=alpha)
+    res.name = f"lookahead({_name(opt_func)})"
+    return res
 
 def _lookahead(params, opt_func, k, alpha, **kwargs): return _around(_make(params, opt_func, **kwargs), opt_func, k, alpha)
 
@@ -197,9 +205,11 @@ def _lookahead(params, opt_func, k, alpha, **kwargs): return _around(_make(param
 def lookahead(
     opt_func, # An `opt_func`, a class of PyTorch optimizers, a list of steppers, or a PyTorch optimizer or `OptimWrapper` that is built already
     k:int=6, # Updates from one synchronisation to the next, a whole number from 1 on
-    alpha:float=.5 # How far the slow weights follow, in [0, 1]
+    alpha:float=.5, # How far the slow weights follow, in [0, 1]
+    **kwargs # None: what a `Learner` passes shows that `lookahead` was not called
 ): # An `opt_func`; around what is built already, a `LookaheadWrapper`
     "Lookahead around the optimizer that `opt_func` makes"
+    if kwargs: raise TypeError(f"`lookahead` makes an `opt_func`, and takes no {', '.join(kwargs)}: write `opt_func=lookahead(Adam)`, not `opt_func=lookahead`")
     for name,v in dict(k=k, alpha=alpha).items(): lookahead_step.hypers[name].check(name, v)
     if isinstance(opt_func, (torch.optim.Optimizer, OptimWrapper)): return _around(opt_func, opt_func, k, alpha)
     if not (callable(opt_func) or is_listy(opt_func)): _refuse(opt_func, "it makes no optimizer")

@@ -1,5 +1,5 @@
 "`ranger-compare`, as a user meets it"
-import inspect, json, os, random, signal, subprocess, sys, time, urllib.error, warnings
+import inspect, json, os, random, re, signal, subprocess, sys, time, urllib.error, warnings
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
@@ -15,15 +15,17 @@ from fastai.layers import Mish, SelfAttention, SimpleSelfAttention
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai_ranger.lab import data
-from fastai_ranger.lab.compare import check_args, cnn, compare, digits_dls, models, optimizers, ranger_compare, register, scheds, summarize, train_run
+from fastai_ranger.lab.compare import check_args, cnn, compare, digits_dls, learner_func, models, optimizers, ranger_compare, register, scheds, summarize, train_run
 from fastai_ranger.lab.report import colors_of
 from PIL import Image
 from scipy.stats import ttest_rel
 from sklearn.datasets import load_digits
 
 command = Path(sys.executable).parent/'ranger-compare'
-command_func = ranger_compare.__wrapped__ # older versions of `call_parse` read pytest's own arguments
+command_func = ranger_compare
 dashes = '--lr-grid' in subprocess.run([command, '--help'], capture_output=True, text=True).stdout # older versions have `--lr_grid`
+
+def rows(*args, **kwargs): return compare(*args, **kwargs).df
 
 def args(**kwargs): return {k: o.default for k,o in inspect.signature(compare).parameters.items()} | kwargs
 
@@ -128,7 +130,7 @@ def test_a_folder_of_images(there, valid, tmp_path, capsys):
     for o in set(there)-{valid}: next((path/o).rglob('*.png')).unlink() # so that the others have fewer images
     with pytest.warns(UserWarning, match='has only test/ to validate on') if valid == 'test' else warnings.catch_warnings():
         if valid != 'test': warnings.simplefilter('error')
-        df = compare(str(path), opts='ranger,sgd', epochs=1, seeds=2, bs=8, size=16, model='cnn', lr='ranger=.01', sched='one_cycle', out=str(tmp_path/'out'))
+        df = rows(str(path), opts='ranger,sgd', epochs=1, seeds=2, bs=8, size=16, model='cnn', lr='ranger=.01', sched='one_cycle', out=str(tmp_path/'out'))
     says = f'40 images to train on, 40 to validate on (folder {valid}/), 10 classes'
     assert f'data: {says}' in capsys.readouterr().out and says in (tmp_path/'out/report.md').read_text()
     assert df.groupby(['optimizer', 'seed']).size().to_dict() == {(o, s): 1 for o in ('ranger', 'sgd') for s in (0, 1)}
@@ -139,7 +141,7 @@ def test_a_folder_of_images(there, valid, tmp_path, capsys):
 
 def test_a_seed_is_the_same_start_for_all(tmp_path):
     "With rates too small to move anything, the curves are one"
-    df = compare('digits', epochs=1, seeds=2, lr='1e-12', out=str(tmp_path))
+    df = rows('digits', epochs=1, seeds=2, lr='1e-12', out=str(tmp_path))
     losses = df.groupby('seed').train_loss
     assert (losses.max()-losses.min()).max() < 1e-4 and losses.mean().nunique() == 2
 
@@ -169,7 +171,7 @@ def test_bfloat16(tmp_path, monkeypatch):
         learn.fit(*args, **kwargs)
         seen.update(o.dtype for o in [*learn.model.parameters(), *(v for s in learn.opt.state.values() for v in s.values() if isinstance(v, torch.Tensor))])
     monkeypatch.setitem(scheds, 'flat', fit)
-    half,full = [compare('digits', opts='ranger', sched='flat', epochs=2, seeds=1, precision=o, out=tmp_path/o) for o in ('bf16', 'fp32')]
+    half,full = [rows('digits', opts='ranger', sched='flat', epochs=2, seeds=1, precision=o, out=tmp_path/o) for o in ('bf16', 'fp32')]
     assert seen == {torch.float32} and (half.train_loss != full.train_loss).all() and half.train_loss.values == pytest.approx(full.train_loss.values, rel=.05)
 
 def test_the_split_of_2019(tmp_path, capsys):
@@ -196,20 +198,20 @@ def test_channels_last(tmp_path, monkeypatch):
     assert seen == [True, False]
 
 def test_the_leaderboard_recipe(tmp_path):
-    made = check_args(**args(data='digits', size=16, bs=32, recipe='leaderboard', model='xresnet18', out=tmp_path))['run'].keywords
-    model = made['model'](n_out=10, c_in=1)
+    learn = check_args(**args(data='digits', size=16, bs=32, recipe='leaderboard', model='xresnet18', out=tmp_path))['learner'](optimizers['sgd'].opt_func)
+    model = learn.model
     assert any(isinstance(m, Mish) for m in model.modules()) and not any(isinstance(m, torch.nn.ReLU) for m in model.modules())
     assert any(isinstance(m, SimpleSelfAttention|SelfAttention) for m in model.modules())
-    assert made['loss_func'] is LabelSmoothingCrossEntropyFlat
+    assert isinstance(learn.loss_func, LabelSmoothingCrossEntropyFlat)
     assert check_args(**args(data='digits', size=16, recipe='leaderboard', out=tmp_path/'2'))['settings']['model'] == 'xse_resnext50'
 
 def test_noise_and_a_part_of_the_images(tmp_path):
-    df = compare('digits', opts='adam', epochs=3, seeds=1, n_train=512, noise=1., out=tmp_path)
+    df = rows('digits', opts='adam', epochs=3, seeds=1, n_train=512, noise=1., out=tmp_path)
     assert df.accuracy.iloc[-1] < .05 # never the right one
     assert json.loads((tmp_path/'settings.json').read_text())['n_train'] == 512
 
 def test_schedules(tmp_path):
-    df = compare('digits', opts='adam', sched=','.join(scheds), epochs=1, seeds=1, out=tmp_path)
+    df = rows('digits', opts='adam', sched=','.join(scheds), epochs=1, seeds=1, out=tmp_path)
     assert df.groupby('sched', sort=False).train_loss.first().nunique() == len(scheds)
 
 def test_warm_up():
@@ -237,7 +239,7 @@ def test_an_optimizer_of_your_own(tmp_path):
     assert res.returncode == 0, res.stderr
     df = pd.read_csv(tmp_path/'out/results.csv')
     assert dict(zip(df.optimizer, df.lr)) == {'own:slow': 2e-3, 'own:slow:k=3': 2e-3, 'own:rateless': 1e-3, 'torch.optim:AdamW': 1e-3, 'ranger': 8e-3}
-    assert 'own:slow:k=3' in res.stdout.split('diff')[1] and '| own:slow:k=3 | 0.002 |' in (tmp_path/'out/report.md').read_text()
+    assert 'own:slow:k=3' in res.stdout.split('\noptimizer')[1] and '| own:slow:k=3 | 0.002 |' in (tmp_path/'out/report.md').read_text()
     assert (tmp_path/'out/curves.png').exists()
     assert run('own:slow,ranger', '--lr', 'own:slow=.1').returncode == 0
     assert .1 in pd.read_csv(tmp_path/'out/results.csv').query("optimizer == 'own:slow'").lr.values
@@ -246,7 +248,7 @@ def test_an_optimizer_of_your_own(tmp_path):
         assert res.returncode == 2 and message in res.stderr.splitlines()[-1] and 'Traceback' not in res.stderr
 
 def test_a_rate_in_the_name(tmp_path):
-    df = compare('digits', opts='adam,adam:lr=.1', epochs=1, seeds=1, n_train=128, out=tmp_path)
+    df = rows('digits', opts='adam,adam:lr=.1', epochs=1, seeds=1, n_train=128, out=tmp_path)
     assert dict(zip(df.optimizer, df.lr)) == {'adam': 3e-3, 'adam:lr=.1': .1} and df.train_loss.nunique() == 2
 
 @patch.dict(optimizers)
@@ -254,7 +256,7 @@ def test_more_optimizers_than_colors(tmp_path):
     "Registered after the import, without a color: twenty of them have twenty colors"
     names = [f'lion{i}' for i in range(20)]
     for o in names: register(o, torch.optim.SGD)
-    df = compare('digits', opts=','.join(names), epochs=1, seeds=1, n_train=64, out=tmp_path)
+    df = rows('digits', opts=','.join(names), epochs=1, seeds=1, n_train=64, out=tmp_path)
     assert df.optimizer.tolist() == names and (df.lr == 1e-3).all()
     colors = colors_of(['lion0:momentum=.9', *names, 'ranger', 'stock'])
     assert len(set(colors.values())) == 23 and (colors['ranger'], colors['stock']) == ('#d62728', '#000000')
@@ -265,7 +267,7 @@ def test_every_optimizer_trains(name):
     "in a `Learner`, with its usual rate"
     if name == 'optimi_triton' and not torch.cuda.is_available(): pytest.skip('Triton needs a GPU')
     o = optimizers[name]
-    rows = train_run(lambda: data.digits().take(128).dls(64), cnn, o.for_learner(), o.lr, epochs=1)
+    rows = train_run(learner_func(lambda: data.digits().take(128).dls(64), cnn), o.for_learner(), o.lr, epochs=1)
     assert 1.5 < rows[0]['train_loss'] < 3 and o.twin in optimizers
 
 ## The rate is looked for on training images
@@ -277,7 +279,7 @@ def test_validation_images_choose_no_rate(tmp_path):
         (path/f'valid/{i}').rename(path/'valid/x')
         (path/f'valid/{i+5}').rename(path/f'valid/{i}')
         (path/'valid/x').rename(path/f'valid/{i+5}')
-    df = compare(str(path), opts='adam', epochs=8, seeds=1, bs=16, size=24, model='cnn', lr_grid=3, out=str(tmp_path/'out'))
+    df = rows(str(path), opts='adam', epochs=8, seeds=1, bs=16, size=24, model='cnn', lr_grid=3, out=str(tmp_path/'out'))
     tune = pd.read_csv(tmp_path/'out/tune.csv')
     best = tune[tune.epoch==8].set_index('lr').accuracy
     assert len(best) == 3 and best.max() > .4 > .2 > df[df.epoch==8].accuracy.item()
@@ -285,9 +287,9 @@ def test_validation_images_choose_no_rate(tmp_path):
 
 def test_a_short_search_for_rate_and_schedule(tmp_path):
     kwargs = dict(data='digits', opts='sgd,adam', sched='one_cycle,flat_cos', epochs=2, seeds=2, lr_grid=2, n_tune=256, best_sched=True, out=tmp_path)
-    parts,whole = [check_args(**args(**kwargs | dict(n_tune=n, out=tmp_path/f'{n}')))['tuning'] for n in (256, None)]
-    assert len(parts.train) == 256 and len(whole.train) == 1149 and [y for _,y in parts.valid] == [y for _,y in whole.valid]
-    df = compare(**kwargs)
+    parts,whole = [check_args(**args(**kwargs | dict(n_tune=n, out=tmp_path/f'{n}')))['tune_learner'](optimizers['sgd'].opt_func).dls for n in (256, None)]
+    assert len(parts.train_ds) == 256 and len(whole.train_ds) == 1149 and [y for _,y in parts.valid_ds] == [y for _,y in whole.valid_ds]
+    df = rows(**kwargs)
     tune = pd.read_csv(tmp_path/'tune.csv')
     assert len(runs_of(tmp_path/'tune.csv')) == 2*8 and len(runs_of(tmp_path/'results.csv')) == 2*4
     assert summarize(df)['diff'].isna().sum() == 1 and df.optimizer.iloc[0] == 'sgd' # the first named
@@ -315,12 +317,12 @@ def test_kill_and_go_on(tmp_path):
     for k,old in before.items():
         now = (tmp_path/k).read_text()
         assert now.startswith(old) and len(runs_of(tmp_path/k)) == len(pd.read_csv(tmp_path/k)) == 16
-    assert out.count('seed') == 4*2+4*2-sum(len(o.splitlines())-1 for o in before.values())//2
+    assert len(re.findall(r', seed \d', out)) == 4*2+4*2-sum(len(o.splitlines())-1 for o in before.values())//2
     done = {k: (tmp_path/k).stat().st_mtime_ns for k in before}
     report = (tmp_path/'report.md').read_text()
     again = next(o for o in report.splitlines() if o.startswith('    ranger-compare'))
     out = subprocess.run([command, *again.split()[1:]], capture_output=True, text=True, check=True).stdout
-    assert 'seed' not in out and {k: (tmp_path/k).stat().st_mtime_ns for k in before} == done
+    assert not re.search(r', seed \d', out) and {k: (tmp_path/k).stat().st_mtime_ns for k in before} == done
     assert (tmp_path/'report.md').read_text() == report
 
 class Killed(Exception): pass
@@ -328,7 +330,7 @@ class Killed(Exception): pass
 @pytest.mark.parametrize('opt,sched', [*(('ranger', o) for o in scheds), *((o, 'flat_cos') for o in ('ranger21', 'sgd', 'lookahead_adam', 'stock'))])
 def test_a_run_goes_on_after_any_epoch(opt, sched, tmp_path, monkeypatch):
     "Stopped in the second and in the last epoch: the rows of the uninterrupted run, to the bit"
-    kwargs = dict(get_dls=lambda: data.folder(path, 16).dls(16), model=cnn, opt_func=optimizers[opt].opt_func, lr=1e-2, epochs=4, sched=sched)
+    kwargs = dict(get_learner=learner_func(lambda: data.folder(path, 16).dls(16), cnn), opt_func=optimizers[opt].opt_func, lr=1e-2, epochs=4, sched=sched)
     path = write_images(tmp_path/'data', ('train', 'valid'), n=60) # with random crops
     numbers = lambda rows: [{k: v for k,v in o.items() if 'seconds' not in k} for o in rows]
     whole = train_run(**kwargs)
@@ -357,7 +359,7 @@ def test_seconds_of_a_stopped_run(tmp_path, monkeypatch):
         return real(self)
     real = Learner._step
     monkeypatch.setattr(Learner, '_step', step)
-    kwargs = dict(get_dls=lambda: data.digits().take(128).dls(64), model=cnn, opt_func=optimizers['ranger'].opt_func, lr=1e-2, epochs=3, file=tmp_path/'run.pth')
+    kwargs = dict(get_learner=learner_func(lambda: data.digits().take(128).dls(64), cnn), opt_func=optimizers['ranger'].opt_func, lr=1e-2, epochs=3, file=tmp_path/'run.pth')
     with pytest.raises(Killed): train_run(**kwargs)
     now,fail = 1e6,None
     assert [o['seconds'] for o in train_run(**kwargs)] == [2, 2, 2]
@@ -392,9 +394,9 @@ def test_a_checkpoint_that_cannot_be_read(tmp_path, capsys):
 def test_time_left(tmp_path, monkeypatch, capsys):
     "With a clock that goes by the images seen, the time left is right to the second, over the search and the runs"
     now = 0.
-    def run(get_dls, **kwargs):
+    def run(get_learner, **kwargs):
         nonlocal now
-        dls = get_dls()
+        dls = get_learner(kwargs['opt_func']).dls
         now += 3*len(dls.train_ds) + len(dls.valid_ds)
         return [dict(epoch=1, train_loss=1., valid_loss=1., accuracy=.5, seconds=1., opt_seconds=.1)]
     monkeypatch.setattr('fastai_ranger.lab.compare.train_run', run)
@@ -407,10 +409,10 @@ def test_time_left(tmp_path, monkeypatch, capsys):
 def test_more_seeds_and_optimizers(tmp_path):
     compare('digits', opts='ranger', epochs=1, seeds=1, out=tmp_path)
     first = (tmp_path/'results.csv').read_text()
-    df = compare('digits', opts='ranger,adam', epochs=1, seeds=2, out=tmp_path)
+    df = rows('digits', opts='ranger,adam', epochs=1, seeds=2, out=tmp_path)
     assert (tmp_path/'results.csv').read_text().startswith(first) and len(df) == 4
-    assert summarize(compare('digits', opts='adam,ranger', epochs=1, seeds=2, out=tmp_path))['diff'].isna().to_dict() == {'adam': True, 'ranger': False} # the first named
-    assert len(compare('digits', opts='adam', epochs=1, seeds=2, out=tmp_path)) == 2 and len(pd.read_csv(tmp_path/'results.csv')) == 4
+    assert summarize(rows('digits', opts='adam,ranger', epochs=1, seeds=2, out=tmp_path))['diff'].isna().to_dict() == {'adam': True, 'ranger': False} # the first named
+    assert len(rows('digits', opts='adam', epochs=1, seeds=2, out=tmp_path)) == 2 and len(pd.read_csv(tmp_path/'results.csv')) == 4
 
 def test_results_of_another_comparison(tmp_path, capsys):
     compare('digits', opts='ranger', epochs=1, seeds=1, out=tmp_path)
@@ -420,12 +422,12 @@ def test_results_of_another_comparison(tmp_path, capsys):
     assert {o: o.read_bytes() for o in tmp_path.iterdir()} == kept
     settings = json.loads(kept[tmp_path/'settings.json'])
     (tmp_path/'settings.json').write_text(json.dumps({k: v for k,v in settings.items() if k != 'n_tune'})) # from before there was such a setting
-    assert len(compare('digits', opts='ranger', epochs=1, seeds=1, out=tmp_path)) == 1
+    assert len(rows('digits', opts='ranger', epochs=1, seeds=1, out=tmp_path)) == 1
     (tmp_path/'settings.json').unlink()
     with pytest.raises(SystemExit): command_func('digits', opts='ranger', epochs=1, out=tmp_path)
 
 def test_first_is_what_others_are_measured_against(tmp_path):
-    table = summarize(compare('digits', opts='adam,sgd,adam:wd=.01,adam:mom=0.', epochs=1, seeds=3, out=tmp_path))
+    table = summarize(rows('digits', opts='adam,sgd,adam:wd=.01,adam:mom=0.', epochs=1, seeds=3, out=tmp_path))
     assert table['diff'].isna().to_dict() == {'adam': True, 'sgd': False, 'adam:wd=.01': False, 'adam:mom=0.': False}
     assert table.loc['adam:wd=.01', 'diff'] == 0 and np.isnan(table.loc['adam:wd=.01', 'p']) # fastai's Adam has that weight decay
     assert table.loc['adam:mom=0.', 'diff'] != 0
@@ -451,5 +453,5 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path):
     assert p.returncode == 130 and 'Traceback' not in err, err
     df = pd.read_csv(tmp_path/'results.csv')
     assert len(df) % 5 == 0 and 5 <= len(df) < 500
-    assert 'seconds_per_epoch' in out and f"Wrote {tmp_path/'results.csv'}" in out
+    assert 's/epoch' in out and f"Wrote {tmp_path/'results.csv'}" in out
     assert (tmp_path/'curves.png').exists()

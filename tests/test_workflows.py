@@ -28,7 +28,7 @@ each = pytest.mark.parametrize('f,right', [o[2:] for o in workflows], ids=[o[2].
 def test_right(f, right): assert right(f(ranger))
 
 @each
-def test_stock(f, right): assert right(f(stock.ranger)) == (f in stock_is_right)
+def test_stock(f, right): assert right(f(partial(stock.ranger))) == (f in stock_is_right)
 
 def test_no_folder_is_left(tmp_path):
     saves = 'from fastai_ranger.all import ranger; from fastai_ranger.lab.workflows import *; load_weights(ranger); gan(ranger)'

@@ -21,7 +21,7 @@ from ..variants import *
 from ..ranger_2021 import *
 from ..muon import muon,ranger_muon
 from ..kahan import ranger_kahan
-from ..radam import RAdam
+from ..radam import Adam,RAdam
 from ..optimizer import ranger
 from ..wrapper import lookahead
 
@@ -78,9 +78,10 @@ def _peer(module, name, **kwargs):
     return lambda params, lr: getattr(import_module(module), name)(params, lr=lr, **kwargs)
 
 register('ranger', ranger, color='#d62728', **_ranger)
-register('stock', stock.ranger, color='#000000', **_ranger)
+register('stock', partial(stock.ranger), color='#000000', **_ranger) # a `partial`, as it is meant: of the bare function `Learner` warns
 register('radam', RAdam, color='#ff9f1c', twin='stock_radam', **_inside)
 register('adam', stock.Adam, color='#1f77b4', **_inside)
+register('fast_adam', Adam, color='#6baed6', twin='adam', **_inside)
 register('sgd', _sgd, 1e-1, '#2ca02c', moves=5)
 register('ranger_gc', partial(ranger_gc, **fastai_hypers), color='#9467bd', twin='stock_gc', **_ranger)
 register('ranger_gc_update', partial(ranger_gc, gc='update', **fastai_hypers), color='#c5b0d5', twin='stock_gc_update', **_ranger)

@@ -313,6 +313,6 @@ def measure()->pd.DataFrame: # A row for each of `workflows`
     def show(x, ok): return ('' if ok else '✗ ') + (f'{x:.3g}' if isinstance(x, float) else str(x).split(':')[0])
     rows = []
     for what,measured,f,right in workflows:
-        theirs,ours = f(stock.ranger),f(ranger)
+        theirs,ours = f(partial(stock.ranger)),f(ranger)
         rows.append({'workflow': what, 'measured': measured, "fastai's ranger": show(theirs, right(theirs)), 'this ranger': show(ours, right(ours))})
     return pd.DataFrame(rows).set_index('workflow')
