@@ -12,14 +12,13 @@ from fastai_ranger.lab.registry import OptInfo, optimizers, register
 from PIL import Image
 
 command = Path(sys.executable).parent/'ranger-bench'
-command_func = ranger_bench.__wrapped__ # older versions of `call_parse` read pytest's own arguments
 
 def test_command(tmp_path):
     "Prints a table, writes it as JSON and draws it; an optimizer that fails is in it with its reason"
     opts = 'ranger,stock,adamw_fused,optimi_triton'
     res = subprocess.run([command, '--lists', 'small,1M', '--opts', opts, '--rounds', '1', '--schedule', '--out', tmp_path/'a'/'b'], capture_output=True, text=True)
     assert res.returncode==0, res.stderr
-    assert res.stdout.count('optimi_triton failed: ') == 2 and res.stdout.count('x_stock') == 2
+    assert res.stdout.count('optimi_triton failed: ') == 2 and res.stdout.count(' x_stock ') == 2
     df,info = read_bench(tmp_path/'a'/'b'/'bench.json')
     assert len(df)==8 and info['schedule'] and info['torch']==torch.__version__.split('+')[0] and info['threads']==torch.get_num_threads()
     assert df.failed.notna().tolist() == [False]*3+[True]+[False]*3+[True]
@@ -34,12 +33,12 @@ def test_command(tmp_path):
     (dict(device='tpu'), 'device must be one of cpu, cuda, got tpu'), (dict(dtype='int8'), 'dtype must be one of float32, '),
     (dict(rounds=0), 'rounds must be at least 1, got 0'), (dict(epoch=True, opts='rangr'), 'opts must be one of ranger, stock, radam')])
 def test_wrong_arguments(kwargs, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as e: command_func(out=str(tmp_path/'out'), **kwargs)
+    with pytest.raises(SystemExit) as e: ranger_bench(out=str(tmp_path/'out'), **kwargs)
     assert e.value.code==2 and f'ranger-bench: {message}' in capsys.readouterr().err and not (tmp_path/'out').exists()
 
 def test_nothing_to_time(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(bench_opts, 'timm', OptInfo('timm', lambda params, lr: 1/0))
-    with pytest.raises(SystemExit) as e: command_func(lists='small', opts='timm', out=str(tmp_path))
+    with pytest.raises(SystemExit) as e: ranger_bench(lists='small', opts='timm', out=str(tmp_path))
     assert e.value.code==2 and 'ranger-bench: nothing to time, timm failed: ZeroDivisionError' in capsys.readouterr().err
 
 @pytest.mark.parametrize('opt', list(bench_opts))

@@ -22,7 +22,6 @@ from scipy.stats import ttest_rel
 from sklearn.datasets import load_digits
 
 command = Path(sys.executable).parent/'ranger-compare'
-command_func = ranger_compare
 dashes = '--lr-grid' in subprocess.run([command, '--help'], capture_output=True, text=True).stdout # older versions have `--lr_grid`
 
 def rows(*args, **kwargs): return compare(*args, **kwargs).df
@@ -87,7 +86,7 @@ wrong = [
 def test_wrong_arguments(kwargs, message, tmp_path, capsys):
     "One line, exit status 2; `ValueError` for those who call the function"
     kwargs = dict(out=str(tmp_path/'out'), **kwargs)
-    with pytest.raises(SystemExit) as e: command_func(**kwargs)
+    with pytest.raises(SystemExit) as e: ranger_compare(**kwargs)
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.startswith(f'ranger-compare: {message}') and err.count('\n') == 1
     with pytest.raises(ValueError): compare(**kwargs)
@@ -97,12 +96,12 @@ def test_folder_without_splits(tmp_path, capsys):
     for splits in ((), ('train',), ('valid', 'test')):
         write_images(tmp_path/'_'.join(('x', *splits)), splits, n=1)
         (tmp_path/'_'.join(('x', *splits))).mkdir(exist_ok=True)
-        with pytest.raises(SystemExit): command_func(str(tmp_path/'_'.join(('x', *splits))))
+        with pytest.raises(SystemExit): ranger_compare(str(tmp_path/'_'.join(('x', *splits))))
         assert 'must have a folder train/ and one of valid/, val/, validation/ and test/' in capsys.readouterr().err
 
 def test_folder_without_images(tmp_path, capsys):
     for o in ('train', 'val'): (tmp_path/o).mkdir()
-    with pytest.raises(SystemExit): command_func(str(tmp_path))
+    with pytest.raises(SystemExit): ranger_compare(str(tmp_path))
     assert 'no images in' in capsys.readouterr().err
 
 def test_folders_that_cannot_be_trained_on(tmp_path, capsys):
@@ -110,7 +109,7 @@ def test_folders_that_cannot_be_trained_on(tmp_path, capsys):
     for extra,message in (('valid/unheard/1.png', 'has classes that'), ('train/1.png', 'is not in a folder of'), ('train/0/deep/1.png', 'is not in a folder of')):
         (path/extra).parent.mkdir(exist_ok=True)
         Image.new('L', (8, 8)).save(path/extra)
-        with pytest.raises(SystemExit): command_func(str(path), bs=8)
+        with pytest.raises(SystemExit): ranger_compare(str(path), bs=8)
         assert message in capsys.readouterr().err
         (path/extra).unlink()
 
@@ -120,7 +119,7 @@ def test_every_model_can_be_made():
 
 def test_out_that_is_a_file(tmp_path, capsys):
     (tmp_path/'out').touch()
-    with pytest.raises(SystemExit): command_func('digits', out=str(tmp_path/'out'))
+    with pytest.raises(SystemExit): ranger_compare('digits', out=str(tmp_path/'out'))
     assert 'cannot make the folder' in capsys.readouterr().err
 
 @pytest.mark.parametrize('there,valid', [(['valid', 'val', 'test'], 'valid'), (['test', 'val'], 'val'), (['test', 'validation'], 'validation'), (['test'], 'test')])
@@ -148,7 +147,7 @@ def test_a_seed_is_the_same_start_for_all(tmp_path):
 def test_an_image_that_cannot_be_read(tmp_path, capsys):
     path = write_images(tmp_path/'data', ('train', 'valid'))
     (path/'train/0/broken.png').write_bytes(b'no image')
-    with pytest.raises(SystemExit): command_func(str(path), bs=8)
+    with pytest.raises(SystemExit): ranger_compare(str(path), bs=8)
     assert f"cannot read {path/'train/0/broken.png'}" in capsys.readouterr().err
 
 def test_no_network(monkeypatch, capsys):
@@ -156,12 +155,12 @@ def test_no_network(monkeypatch, capsys):
     def fail(*args, **kwargs): raise urllib.error.URLError('no route to host')
     monkeypatch.setattr(data, 'untar_data', fail)
     for name in ('cifar10', 'imagenette', 'imagewoof'):
-        with pytest.raises(SystemExit): command_func(name)
+        with pytest.raises(SystemExit): ranger_compare(name)
         assert f'cannot download {name} (<urlopen error no route to host>): give the folder it is in with path' in capsys.readouterr().err
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_float16_without_a_gpu(tmp_path, capsys):
-    with pytest.raises(SystemExit): command_func('digits', precision='fp16', out=tmp_path)
+    with pytest.raises(SystemExit): ranger_compare('digits', precision='fp16', out=tmp_path)
     assert 'precision must be fp32 or bf16 where there is no GPU, got fp16' in capsys.readouterr().err
 
 def test_bfloat16(tmp_path, monkeypatch):
@@ -388,7 +387,7 @@ def test_killed_at_random_moments(tmp_path):
 def test_a_checkpoint_that_cannot_be_read(tmp_path, capsys):
     file = tmp_path/'results-ranger-flat_cos-0.008-0.pth'
     file.write_bytes(b'no checkpoint')
-    with pytest.raises(SystemExit): command_func('digits', opts='ranger', epochs=1, seeds=1, out=tmp_path)
+    with pytest.raises(SystemExit): ranger_compare('digits', opts='ranger', epochs=1, seeds=1, out=tmp_path)
     assert f'cannot read {file}' in capsys.readouterr().err and file.read_bytes() == b'no checkpoint'
 
 def test_time_left(tmp_path, monkeypatch, capsys):
@@ -417,14 +416,14 @@ def test_more_seeds_and_optimizers(tmp_path):
 def test_results_of_another_comparison(tmp_path, capsys):
     compare('digits', opts='ranger', epochs=1, seeds=1, out=tmp_path)
     kept = {o: o.read_bytes() for o in tmp_path.iterdir()}
-    with pytest.raises(SystemExit): command_func('digits', opts='ranger', epochs=2, noise=.1, out=tmp_path)
+    with pytest.raises(SystemExit): ranger_compare('digits', opts='ranger', epochs=2, noise=.1, out=tmp_path)
     assert f'out must be a folder without the results of another comparison, got {tmp_path}, which has one with other epochs, noise' in capsys.readouterr().err
     assert {o: o.read_bytes() for o in tmp_path.iterdir()} == kept
     settings = json.loads(kept[tmp_path/'settings.json'])
     (tmp_path/'settings.json').write_text(json.dumps({k: v for k,v in settings.items() if k != 'n_tune'})) # from before there was such a setting
     assert len(rows('digits', opts='ranger', epochs=1, seeds=1, out=tmp_path)) == 1
     (tmp_path/'settings.json').unlink()
-    with pytest.raises(SystemExit): command_func('digits', opts='ranger', epochs=1, out=tmp_path)
+    with pytest.raises(SystemExit): ranger_compare('digits', opts='ranger', epochs=1, out=tmp_path)
 
 def test_first_is_what_others_are_measured_against(tmp_path):
     table = summarize(rows('digits', opts='adam,sgd,adam:wd=.01,adam:mom=0.', epochs=1, seeds=3, out=tmp_path))

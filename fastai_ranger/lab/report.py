@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['metric_of', 'less_is_better', 'summarize', 'show_value', 'verdict', 'best_rates', 'best_scheds', 'colors_of',
-           'plot_curves', 'machine', 'readable', 'legend', 'report_md']
+           'plot_curves', 'machine', 'readable', 'legend', 'report_md', 'command']
 
 # %% ../../nbs/lab/04_report.ipynb #4ff777a9
-import math,platform,sys,torch
+import argparse,math,platform,sys,torch
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from fastcore.script import anno_parser
+from functools import wraps
 from importlib.metadata import version
+from inspect import signature
 from matplotlib.colors import to_hex
 from pathlib import Path
 from scipy.stats import t as student,ttest_rel
 from .registry import optimizers,split_name
+from .train import ArgumentError
 
 # %% ../../nbs/lab/04_report.ipynb #19e055e6
 def _paired(a, b):
@@ -241,3 +245,28 @@ def report_md(
         parts += ['## Learning rates', f"Accuracy on a fifth of the training images, held out, after training on {settings['n_tune'] or len(images.train)*4//5} of the others: "
             f"{len(tried)//settings['epochs']} runs, {tried.seconds.sum()/60:.0f} minutes of training. The best rate of each row was then used on all images{only}.", _markdown(tuned)]
     return '\n\n'.join([*parts, '## Settings', *[f'    {k}: {v}' for k,v in settings.items()]]) + '\n'
+
+# %% ../../nbs/lab/04_report.ipynb #e2384910
+def command(
+    examples='' # What stands under the options in `--help`
+):
+    "Decorator of a function: a command line, with one plain line and exit status 2 for what cannot work"
+    def deco(f):
+        name = f.__name__.replace('_', '-')
+        @wraps(f)
+        def _f(*args, **kwargs):
+            parser = anno_parser(f, prog=name)
+            parser.formatter_class = type('Help', (argparse.RawDescriptionHelpFormatter, parser.formatter_class), {})
+            parser.epilog = examples + f"{name} {version('fastai-ranger')}"
+            parser.add_argument('--version', action='version', version=f"{name} {version('fastai-ranger')}")
+            if not args and not kwargs:
+                given = vars(parser.parse_args())
+                kwargs = {k: given[k] for k in signature(f).parameters}
+            try: f(*args, **kwargs)
+            except ArgumentError as e:
+                print(f"{name}: {e}", file=sys.stderr)
+                sys.exit(2)
+            except KeyboardInterrupt: sys.exit(130)
+        return _f
+    return deco
+
