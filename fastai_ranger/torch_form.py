@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TorchOptimizer', 'as_torch']
 
-# %% ../nbs/15_torch_form.ipynb #fc909c93
+# %% ../nbs/15_torch_form.ipynb #3d8aa92b
 import torch
 from fastcore.all import L
 from functools import partial
 from .engine import *
 from .checkpoint import *
 
-# %% ../nbs/15_torch_form.ipynb #59ae72f9
+# %% ../nbs/15_torch_form.ipynb #0c5dbc91
 class TorchOptimizer(torch.optim.Optimizer):
     "A `torch.optim.Optimizer` whose steps are made by one of fastai's kind"
     def __init__(self,
@@ -28,9 +28,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         if not isinstance(self.inner, MultiTensorOptimizer):
             raise ValueError(f"`as_torch` is for optimizers of fastai_ranger, got one that makes a {type(self.inner).__name__}")
         self.state = self.inner.state
+        self.defaults = {**self.inner.hypers[0], **({} if lr is None else {'lr': lr})}
         for g,h in zip(self.param_groups, self.inner.hypers): g.update({**h, **g})
         self._take_hypers() # which checks them
-        self.defaults = dict(self.inner.hypers[0])
 
     def _take_hypers(self):
         "Let `inner` have the hypers of `param_groups`"

@@ -1,0 +1,159 @@
+"`as_torch`: a `torch.optim.Optimizer` with the numbers of fastai's kind, in what PyTorch and Accelerate do with one"
+import copy, pickle
+
+import fastai.optimizer as stock
+import pytest
+import torch
+from accelerate import Accelerator
+from fastai_ranger.all import *
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
+from torch.optim.swa_utils import SWALR
+
+opt_funcs = pytest.mark.parametrize('opt_func', (ranger, RAdam, Adam, ranger_muon, ranger_gc, ranger21, lookahead(stock.SGD)))
+x = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+
+def loss(model): return (model(x)-x.sum(1, keepdim=True)).pow(2).mean()
+
+def train(model, opt, n, sched=None):
+    for _ in range(n):
+        opt.zero_grad()
+        loss(model).backward()
+        opt.step()
+        if sched: sched.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+def same(a, b): assert all(map(torch.equal, a, b))
+
+@opt_funcs
+def test_the_same_numbers(opt_func):
+    a,b = net(),net()
+    same(train(a, as_torch(opt_func)(a.parameters(), lr=.05), 20), train(b, opt_func(list(b.parameters()), lr=.05), 20))
+
+@pytest.mark.parametrize('sched', (lambda o: CosineAnnealingLR(o, 20), lambda o: OneCycleLR(o, .1, total_steps=21, cycle_momentum=False), lambda o: SWALR(o, .01, anneal_epochs=5)))
+def test_schedulers_set_the_rate(sched):
+    a,b = net(),net()
+    opt,plain = as_torch(ranger)(a.parameters(), lr=.05),ranger(list(b.parameters()), lr=.05)
+    s = sched(opt)
+    for _ in range(20):
+        plain.set_hyper('lr', opt.param_groups[0]['lr'])
+        same(train(a, opt, 1, s), train(b, plain, 1))
+
+def test_a_scheduler_that_watches():
+    opt = as_torch(ranger)(net().parameters(), lr=.05)
+    sched = ReduceLROnPlateau(opt, patience=0)
+    for _ in range(3): sched.step(1.)
+    opt.step()
+    assert opt.inner.hypers[0]['lr'] == opt.param_groups[0]['lr'] < .05
+
+@opt_funcs
+@pytest.mark.parametrize('carry', (copy.deepcopy, lambda o: o))
+def test_goes_on_from_a_checkpoint(opt_func, carry, tmp_path):
+    model = net()
+    opt = as_torch(opt_func)(model.parameters(), lr=.05)
+    train(model, opt, 8)
+    torch.save(dict(opt=opt.state_dict(), model=model.state_dict()), tmp_path/'both.pth')
+    whole = train(model, opt, 8)
+    saved = torch.load(tmp_path/'both.pth', weights_only=True)
+    other = net()
+    again = as_torch(opt_func)(other.parameters(), lr=.3)
+    other.load_state_dict(saved['model'])
+    again.load_state_dict(carry(saved['opt']))
+    same(train(other, again, 8), whole)
+
+def test_refuses_a_checkpoint_with_nothing_changed():
+    model = net()
+    opt = as_torch(ranger)(model.parameters(), lr=.05)
+    train(model, opt, 3)
+    before = copy.deepcopy(opt.state_dict())
+    bad = copy.deepcopy(before)
+    bad['state'][0]['grad_avg'] = torch.zeros(2, dtype=torch.float64)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='`grad_avg` of parameter 0 of group 0 has shape'): opt.load_state_dict(bad)
+    assert str(opt.state_dict()) == str(before)
+
+@pytest.mark.parametrize('twin', (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))))
+def test_copies(twin):
+    model = net()
+    opt = as_torch(ranger)(model.parameters(), lr=.05)
+    train(model, opt, 3)
+    model2,opt2 = twin((model, opt))
+    assert opt2.state is opt2.inner.state
+    same(train(model2, opt2, 8), train(model, opt, 8))
+
+def test_groups():
+    model = net()
+    opt = as_torch(ranger)([dict(params=model[0].parameters(), lr=.01, k=3)], lr=.05, wd=.1)
+    opt.add_param_group(dict(params=model[2].parameters(), mom=.8))
+    assert [(g['lr'], g['k'], g['mom'], g['wd']) for g in opt.param_groups] == [(.01, 3, .95, .1), (.05, 6, .8, .1)]
+    train(model, opt, 4)
+    assert [(h['lr'], h['k'], h['mom']) for h in opt.inner.hypers] == [(.01, 3, .95), (.05, 6, .8)]
+
+def test_closures_hooks_and_errors():
+    model,calls = net(),[]
+    opt = as_torch(ranger)(model.parameters(), lr=.05)
+    opt.register_step_pre_hook(lambda *_: calls.append('pre'))
+    opt.register_step_post_hook(lambda *_: calls.append('post'))
+    def closure():
+        opt.zero_grad()
+        res = loss(model)
+        res.backward()
+        calls.append('closure')
+        return res
+    assert opt.step(closure) > loss(model) and calls == ['pre', 'closure', 'post']
+    assert repr(opt).startswith('ranger(lr=0.05')
+    with pytest.raises(TypeError, match='needs a learning rate'): as_torch(ranger)(net().parameters())
+    with pytest.raises(ValueError, match='`k` must be'): as_torch(ranger)(net().parameters(), lr=.1, k=0)
+    with pytest.raises(ValueError, match='for optimizers of fastai_ranger'): as_torch(stock.Adam)(list(net().parameters()), lr=.1)
+    opt.param_groups[0]['lr'] = -1.
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match='`lr` must be'): opt.step()
+    same(model.parameters(), before)
+
+def test_restart():
+    model = net()
+    opt = as_torch(ranger)(model.parameters(), lr=0., wd=0.)
+    train(model, opt, 3)
+    with torch.no_grad():
+        for p in model.parameters(): p.fill_(5.)
+    opt.restart()
+    assert all((p==5).all() for p in train(model, opt, 6))
+
+def test_grad_scaler():
+    model,plain = net().float(),net().float()
+    xs = x.float()
+    opt,other = (as_torch(ranger)(m.parameters(), lr=.05) for m in (model, plain))
+    scaler = torch.amp.GradScaler('cpu', init_scale=4.)
+    for i in range(8):
+        for m,o,s in ((model, opt, scaler), (plain, other, None)):
+            o.zero_grad()
+            out = (m(xs)-xs.sum(1, keepdim=True)).pow(2).mean()
+            if i==3: out = out*torch.inf
+            (s.scale(out) if s else out).backward()
+            if s:
+                s.step(o)
+                s.update()
+            elif i != 3: o.step()
+    for a,b in zip(model.parameters(), plain.parameters()): torch.testing.assert_close(a, b)
+
+def test_accelerate(tmp_path):
+    "`accumulate` counts, and `save_state` and `load_state` carry the optimizer"
+    acc = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = net()
+    model,opt = acc.prepare(model, as_torch(ranger)(model.parameters(), lr=.05))
+    def go(n):
+        for _ in range(n):
+            with acc.accumulate(model):
+                acc.backward(loss(model))
+                opt.step()
+                opt.zero_grad()
+        return [p.detach().clone() for p in model.parameters()]
+    go(6)
+    assert {s['step'] for s in opt.optimizer.state.values()} == {3}
+    acc.save_state(tmp_path)
+    whole = go(8)
+    acc.load_state(tmp_path)
+    same(go(8), whole)
