@@ -225,6 +225,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fastai_ranger/lab/data.py'),
                                         'fastai_ranger.lab.data.folder': ('lab/data.html#folder', 'fastai_ranger/lab/data.py'),
                                         'fastai_ranger.lab.data.get_images': ('lab/data.html#get_images', 'fastai_ranger/lab/data.py')},
+            'fastai_ranger.lab.finder': { 'fastai_ranger.lab.finder.suggestions': ( 'lab/finder.html#suggestions',
+                                                                                    'fastai_ranger/lab/finder.py')},
             'fastai_ranger.lab.registry': { 'fastai_ranger.lab.registry.FlatMuon': ( 'lab/registry.html#flatmuon',
                                                                                      'fastai_ranger/lab/registry.py'),
                                             'fastai_ranger.lab.registry.FlatMuon.__init__': ( 'lab/registry.html#flatmuon.__init__',

@@ -103,8 +103,7 @@ class MultiTensorOptimizer(Optimizer):
         self.phases = [(scope, list(calls)) for scope,calls in groupby(self.calls, lambda o: o[0].scope)]
         self.starts,self.anchored = merge(*(f.state for f in fs)),{k for f in fs for k in f.anchored}
         self.checks = [common, *(f.hypers for f in fs)]
-        self.names = {*hypers, *chain(*self.checks)}
-        self._last = None
+        self.names,self._last = {*hypers, *chain(*self.checks)},None
 
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('calls', 'phases', 'starts', 'anchored', 'checks', 'names', '_last')}
     def __setstate__(self, d):
