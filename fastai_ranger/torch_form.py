@@ -49,8 +49,9 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group):
         "As for any `torch.optim.Optimizer`"
+        if not hasattr(self, 'inner'): return super().add_param_group(param_group) # it is being made
+        for k,v in param_group.items(): self.inner.check_hyper(k, v)
         super().add_param_group(param_group)
-        if not hasattr(self, 'inner'): return # it is being made
         group = self.param_groups[-1]
         self.inner.param_lists = L(*self.inner.param_lists, L(group['params']))
         self.inner.hypers = L(*self.inner.hypers, {k: group[k] for k in self.inner.hypers[0]})

@@ -87,6 +87,8 @@ def test_copies(twin):
 def test_groups():
     model = net()
     opt = as_torch(ranger)([dict(params=model[0].parameters(), lr=.01, k=3)], lr=.05, wd=.1)
+    with pytest.raises(ValueError, match='`mom` must be'): opt.add_param_group(dict(params=model[2].parameters(), mom=8.))
+    assert len(opt.param_groups) == len(opt.inner.hypers) == 1
     opt.add_param_group(dict(params=model[2].parameters(), mom=.8))
     assert [(g['lr'], g['k'], g['mom'], g['wd']) for g in opt.param_groups] == [(.01, 3, .95, .1), (.05, 6, .8, .1)]
     train(model, opt, 4)

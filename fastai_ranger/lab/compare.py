@@ -191,7 +191,7 @@ class ComparisonBar(Callback):
 
     def after_batch(self):
         if not self.bar: return
-        part = (self.epoch + (self.iter+1)/self.n_iter*(.75 if self.training else 1))/self.n_epoch if self.training else (self.epoch+1)/self.n_epoch
+        part = (self.epoch + (self.iter+1)/self.n_iter*.75)/self.n_epoch if self.training else (self.epoch+1)/self.n_epoch
         self.bar.update(min(999, int(1000*(self.done + part*self.run_work)/self.total)))
 
     def after_epoch(self):
