@@ -11,3 +11,4 @@ from .variants import (ranger_gc,ranger_va,ranger_qh,ranger_adabelief,ranger_lar
 from .ranger_2021 import ranger21,adaptive_clip,normalize_grad,average_pnm,max_sqr_avg,pnm_step,stable_decay,norm_loss_step,sched_ranger21
 from .muon import muon,ranger_muon,orthogonalize,muon_step,muon_radam_step,spare_ends
 from .torch_form import as_torch,TorchOptimizer
+from .plot import plot_rectification,plot_lookahead,FastAndSlow,UpdateSizes
