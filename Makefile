@@ -11,9 +11,10 @@ bin = .venv/bin
 demo: .venv/installed
 	@$(bin)/ranger-compare digits --epochs 10 --out demo
 
+test: export OMP_NUM_THREADS = 1 # the processes run side by side
 test: .venv/installed
 	$(bin)/nbdev-test
-	$(bin)/pytest
+	$(bin)/pytest -n auto
 
 docs: .venv/installed readme
 	$(bin)/jupyter nbconvert --log-level WARN --to html --output-dir _docs nbs/*.ipynb nbs/lab/*.ipynb nbs/tutorials/*.ipynb
