@@ -11,7 +11,8 @@ bin = .venv/bin
 demo: .venv/installed
 	@$(bin)/ranger-compare digits --epochs 10 --out demo
 
-test: export OMP_NUM_THREADS = 1 # the processes run side by side
+# one thread each, as the processes run side by side
+test: export OMP_NUM_THREADS = 1
 test: .venv/installed
 	$(bin)/nbdev-test
 	$(bin)/pytest -n auto
