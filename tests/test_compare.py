@@ -1,5 +1,5 @@
 "`ranger-compare`, as a user meets it"
-import inspect, json, os, random, re, signal, subprocess, sys, time, urllib.error, warnings
+import inspect, json, os, random, re, shutil, signal, struct, subprocess, sys, time, urllib.error, warnings, zlib
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
@@ -454,3 +454,104 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path):
     assert len(df) % 5 == 0 and 5 <= len(df) < 500
     assert 's/epoch' in out and f"Wrote {tmp_path/'results.csv'}" in out
     assert (tmp_path/'curves.png').exists()
+
+## Files that break
+
+small = dict(data='digits', opts='adam', epochs=2, seeds=1, n_train=128)
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp('finished')/'out'
+    compare(**small, out=path)
+    return path
+
+def refused(capsys, **kwargs):
+    "What the command says, in its one line"
+    with pytest.raises(SystemExit) as e: ranger_compare(**kwargs)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1
+    return err
+
+def contents(path): return {o.name: o.read_bytes() for o in path.iterdir()}
+
+spoils = dict(in_mid_row=lambda b: b[:-30], in_the_last_number=lambda b: b[:-3], after_a_row=lambda b: b[:b.rfind(b'\n', 0, -1)+1], empty=lambda b: b'', zeros=lambda b: bytes(300),
+              binary=lambda b: bytes(range(256)), another_header=lambda b: b'a,b\n1,2\n', a_list=lambda b: b'[1]', a_number=lambda b: b'5')
+
+@pytest.mark.parametrize('name', ['results.csv', 'tune.csv', 'settings.json'])
+@pytest.mark.parametrize('spoil', spoils)
+def test_a_file_that_is_spoilt(name, spoil, finished, tmp_path, capsys):
+    "is named and left as it is; with the file mended, the comparison goes on"
+    out = shutil.copytree(finished, tmp_path/'out')
+    if name == 'tune.csv': shutil.copy(out/'results.csv', out/name)
+    good = (out/name).read_bytes()
+    (out/name).write_bytes(spoils[spoil](good))
+    before = contents(out)
+    assert f'ranger-compare: {out/name} is not ' in refused(capsys, **small, out=out) and contents(out) == before
+    (out/name).write_bytes(good)
+    assert len(rows(**small, out=out)) == 2
+
+def test_results_that_have_diverged(finished, tmp_path):
+    "An empty field is a loss that was NaN, no cut"
+    out = shutil.copytree(finished, tmp_path/'out')
+    pd.read_csv(out/'results.csv').assign(train_loss=np.nan).to_csv(out/'results.csv', index=False)
+    assert rows(**small, out=out).train_loss.isna().all()
+
+def test_two_at_once(tmp_path):
+    "on one folder: the second is refused, and the first loses nothing; killed, it leaves the folder to others"
+    args = [command, 'digits', '--epochs', '2', '--seeds', '9', '--out', tmp_path]
+    first = subprocess.Popen([*args, '--opts', 'ranger'], stdout=subprocess.DEVNULL)
+    while not (tmp_path/'settings.json').exists(): time.sleep(.02)
+    second = subprocess.run([*args, '--opts', 'adam'], capture_output=True, text=True)
+    first.kill()
+    first.wait()
+    assert second.returncode == 2 and second.stderr == f'ranger-compare: out must be a folder that no other comparison uses at the moment, got {tmp_path}\n'
+    compare('digits', opts='adam', epochs=2, seeds=1, out=tmp_path)
+    for _ in range(2): # in one process, too, one after another
+        with pytest.raises(ValueError, match='other epochs'): compare('digits', opts='adam', epochs=1, out=tmp_path)
+
+full = """
+import resource, signal, sys
+from fastai_ranger.lab.compare import ranger_compare
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+ranger_compare(data='digits', opts='adam', epochs=1, seeds=2, n_train=128, out=sys.argv[2])
+"""
+
+@pytest.mark.parametrize('most,name', [(10, 'settings.json'), (1000, 'results-adam-flat_cos-0.003-0.pth'), (30000, 'curves.png')])
+def test_no_room_for_a_file(most, name, finished, tmp_path):
+    "as on a full disk: one line with its name, and nothing half-written"
+    out = tmp_path/'out'
+    if name == 'curves.png': # all that is left to do
+        compare('digits', opts='adam', epochs=1, seeds=2, n_train=128, out=out)
+        for o in ('curves.png', 'report.md'): (out/o).unlink()
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', full, str(most), out], capture_output=True, text=True)
+    assert res.returncode == 2 and res.stderr.startswith(f'ranger-compare: cannot write {out/name}: ') and res.stderr.count('\n') == 1, res.stderr
+    assert {o.name for o in out.iterdir()} <= {'.lock', 'settings.json', 'results.csv'} and all(o.stat().st_size for o in out.iterdir() if o.name != '.lock')
+
+def test_a_folder_that_cannot_be_written(capsys): assert 'cannot make the folder /proc/out: ' in refused(capsys, **small, out='/proc/out')
+
+def chunk(kind, data): return struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
+
+def png(side, data=b''): return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0)) + chunk(b'IDAT', data) + chunk(b'IEND', b'')
+
+def whole(scale, dtype):
+    def write(f): Image.fromarray((np.random.default_rng(0).random((24, 24))*scale).astype(dtype)).save(f)
+    return write
+
+images = dict(of_16_bits=(whole(60000, 'uint16'), 'x.png', 'mode I;16'), of_32_bits=(whole(60000, 'int32'), 'x.tif', 'mode I,'), of_fractions=(whole(1, 'float32'), 'x.tif', 'mode F'),
+              a_bomb=(lambda f: f.write_bytes(png(60000)), 'x.png', 'exceeds limit'), no_data=(lambda f: f.write_bytes(png(24)), 'x.png', ''),
+              bad_length=(lambda f: f.write_bytes(png(24)[:33] + b'\0\0\0\xffIDAT'), 'x.png', ''), broken=(lambda f: f.write_bytes(png(24, zlib.compress(b'\1'*999))[:45] + b'\0'*40), 'x.png', ''), empty=(Path.touch, 'x.jpg', ''))
+
+@pytest.mark.parametrize('kind', images)
+def test_an_image_that_is_not_as_it_should_be(kind, tmp_path, capsys):
+    write,name,why = images[kind]
+    f = write_images(tmp_path/'data', ('train', 'valid'))/'train/0'/name
+    write(f)
+    said = refused(capsys, data=str(tmp_path/'data'), bs=8, size=16, out=tmp_path/'out')
+    assert f'ranger-compare: cannot read {f}: ' in said and why in said and not (tmp_path/'out').exists()
+
+def test_one_class(tmp_path, capsys):
+    path = write_images(tmp_path/'data', ('train', 'valid'), n=20)
+    for part in ('train', 'valid'):
+        for i in range(1, 10): shutil.rmtree(path/part/f'{i}')
+    assert f"{path/'train'} must have at least two classes, it has 0 alone" in refused(capsys, data=str(path), bs=2, size=16)

@@ -31,7 +31,7 @@ from torchvision.models import VisionTransformer,resnet50
 from .data import digits_dls
 from .registry import *
 from .report import command,machine
-from .train import ArgumentError
+from .train import ArgumentError,make_folder,write_file
 
 # %% ../../nbs/lab/06_bench.ipynb #43b909e3
 bench_opts = ChainMap({k: replace(optimizers[k], opt_func=partial(optimizers[k].opt_func, wd=.01)) for k in ('radam', 'stock_radam')}, optimizers)
@@ -259,7 +259,7 @@ def bench(
     _check('lists', lists.split(','), [*bench_models, *bench_shapes])
     for o in opts.split(','): find_opt(o, bench_opts)
     _check('dtype', [dtype], ['float32', 'bfloat16', 'float16', 'float64'])
-    Path(out).mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     res,info = [],machine(_packages, device=='cuda')
     line = f"{info['device']}, {info['threads']} threads, torch {info['torch']}, {dtype}"
     print(line)
@@ -275,12 +275,13 @@ def bench(
     res = pd.concat(res, ignore_index=True)
     _write(out, 'bench', res, **info, dtype=dtype, rounds=rounds, schedule=schedule)
     fig = plot_bench(res, line)
-    fig.savefig(Path(out)/'bench.png', dpi=150)
+    write_file(Path(out)/'bench.png', partial(fig.savefig, dpi=150, format='png'))
     if not in_notebook(): plt.close(fig)
     return res
 
 def _write(out, name, df, **info):
-    (Path(out)/f'{name}.json').write_text(json.dumps(dict(**info, rows=json.loads(df.to_json(orient='records'))), indent=1))
+    text = json.dumps(dict(**info, rows=json.loads(df.to_json(orient='records'))), indent=1)
+    write_file(Path(out)/f'{name}.json', lambda part: part.write_text(text))
 
 def read_bench(
     path # A `bench.json` or `epoch.json`
@@ -321,11 +322,10 @@ def ranger_bench(
     try:
         _check('device', [device], ['cpu', 'cuda'])
         if rounds is not None and rounds < 1: raise ValueError(f"rounds must be at least 1, got {rounds}")
-        if epoch: [find_opt(o, epoch_opts) for o in (opts or usual_epoch_opts).split(',')]
-        else: bench(lists, opts or usual_opts, rounds or 10, device, dtype, schedule, out)
+        if not epoch: return bench(lists, opts or usual_opts, rounds or 10, device, dtype, schedule, out)
+        for o in (opts or usual_epoch_opts).split(','): find_opt(o, epoch_opts)
+        make_folder(out)
     except ValueError as e: raise ArgumentError(e) from None
-    if not epoch: return
     df = time_epochs(opts or usual_epoch_opts, rounds or 20, device=device)
     print(df.round(4).to_string(na_rep='-'))
-    Path(out).mkdir(parents=True, exist_ok=True)
     _write(out, 'epoch', df.reset_index(), **machine(_packages, device=='cuda'))

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from fastai.vision.all import *
 from fastcore.script import store_true
+from filelock import FileLock,Timeout
 from fastprogress.fastprogress import progress_bar
 from .data import *
 from .train import *
@@ -26,14 +27,27 @@ from .report import *
 # %% ../../nbs/lab/05_compare.ipynb #80a7e26c
 _key = ['optimizer', 'sched', 'lr', 'seed']
 
+def _read(file, read, what):
+    "What `read` makes of the text of `file`; `ValueError` unless it is `what`"
+    try: return read(file.read_text())
+    except (ValueError, TypeError, AssertionError): raise ValueError(f"{file} is not {what}: it is spoilt, or of something else. Mend it, move it away, or give another folder with out") from None
+
+def _parse_runs(text, epochs):
+    df = pd.read_csv(io.StringIO(text))
+    assert {*_key, 'epoch', 'valid_loss', 'seconds', 'opt_seconds'} <= set(df.columns) and text.endswith('\n')
+    assert df.empty or df.groupby(_key, dropna=False).epoch.agg(list).map(lambda o: o==list(range(1, epochs+1))).all()
+    return df
+
 class Results:
     "The rows of finished runs, in a CSV file"
     def __init__(self,
         folder, # Where the file is; `None` to keep nothing
-        name # `results` or `tune`
+        name, # `results` or `tune`
+        epochs # Rows of each run
     ):
         self.name,self.file = name,folder and Path(folder)/f'{name}.csv'
-        self.df = pd.read_csv(self.file) if folder and self.file.exists() else pd.DataFrame(columns=[*_key, 'epoch'])
+        self.df = pd.DataFrame(columns=[*_key, 'epoch'])
+        if folder and self.file.exists(): self.df = _read(self.file, partial(_parse_runs, epochs=epochs), f"whole runs of {epochs} epochs, a row for each")
 
     def has(self, run):
         "Is there a row for `run`, a dict of optimizer, sched, lr and seed?"
@@ -43,10 +57,7 @@ class Results:
         "Add `rows`, one for each epoch, of `run`"
         new = pd.DataFrame([{**run, **o} for o in rows])
         self.df = new if self.df.empty else pd.concat([self.df, new], ignore_index=True)
-        if not self.file: return
-        part = self.file.with_suffix('.part')
-        self.df.to_csv(part, index=False)
-        part.replace(self.file)
+        if self.file: write_file(self.file, partial(self.df.to_csv, index=False))
 
     def checkpoint(self, run):
         "The file in which `run` is kept until it is finished"
@@ -156,15 +167,29 @@ def check_args(data, opts, epochs, lr, sched, seeds, lr_grid, tune_seeds, n_tune
     else: todo = _image_args(data, lr_grid=lr_grid, n_tune=n_tune, **kwargs)
     settings = todo['settings'] = {**todo['settings'], 'epochs': epochs}
     out = Path(out) if out else None if callable(data) else Path('ranger-compare')
-    if out:
-        old = json.loads((out/'settings.json').read_text()) if (out/'settings.json').exists() else settings if not (out/'results.csv').exists() else {}
-        changed = ', '.join(sorted(k for k in settings if settings[k] != old.get(k)))
-        if changed: raise ValueError(f"out must be a folder without the results of another comparison, got {out}, which has one with other {changed}")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out/'settings.json').write_text(json.dumps(settings))
-        except OSError as e: raise ValueError(f"cannot make the folder {out}: {e.strerror}") from None
-    return dict(lrs=lrs, scheds=sched, opt_funcs=made, out=out, **todo)
+    mine = _take(out, settings) if out else dict(lock=None, **{o: Results(None, o, epochs) for o in ('results', 'tune')})
+    return dict(lrs=lrs, scheds=sched, opt_funcs=made, out=out, **todo, **mine)
+
+def _take(out, settings):
+    "A lock on the folder `out`, and the runs that are in it; `ValueError` if they cannot be gone on with"
+    make_folder(out)
+    lock = FileLock(out/'.lock')
+    try: lock.acquire(timeout=0)
+    except Timeout: raise ValueError(f"out must be a folder that no other comparison uses at the moment, got {out}") from None
+    except OSError as e: raise ValueError(f"cannot write {out}/.lock: {e.strerror}") from None
+    try: return dict(lock=lock, **_open(out, settings))
+    except ValueError:
+        lock.release()
+        raise
+
+def _open(out, settings):
+    file = out/'settings.json'
+    old = _read(file, lambda text: dict(json.loads(text)), "settings of a comparison") if file.exists() else settings if not (out/'results.csv').exists() else {}
+    changed = ', '.join(sorted(k for k in settings if settings[k] != old.get(k)))
+    if changed: raise ValueError(f"out must be a folder without the results of another comparison, got {out}, which has one with other {changed}")
+    runs = {o: Results(out, o, settings['epochs']) for o in ('results', 'tune')}
+    write_file(file, lambda part: part.write_text(json.dumps(settings)))
+    return runs
 
 def _runs(pairs, lrs, seeds): return [dict(optimizer=o, sched=s, lr=lr, seed=seed) for seed in range(seeds) for o,s in pairs for lr in lrs[o, s]]
 
@@ -263,7 +288,7 @@ def compare(
     except ValueError as e: raise ArgumentError(e) from None
     out,name,pairs = todo['out'],todo['settings']['data'],list(itertools.product(todo['lrs'], todo['scheds']))
     print(f"{name}: {todo['about']}")
-    results,tune = Results(out, 'results'),Results(out, 'tune')
+    results,tune = todo['results'],todo['tune']
     lrs,tries,tried,paces,runs = {(o,s): [todo['lrs'][o]] for o,s in pairs},[],None,[],[]
     if lr_grid: tries = _runs(pairs, {(o,s): rates(lr, lr_grid) for (o,s),(lr,) in lrs.items()}, tune_seeds)
     n_later = (len(todo['lrs']) if best_sched else len(pairs))*seeds
@@ -292,6 +317,7 @@ def compare(
         train(runs, todo['learner'], todo['work'], results, 0)
     finally:
         progress.close()
+        if out: todo['lock'].release()
         df = results.of(runs) if runs and not results.df.empty else results.df[:0]
         if not df.empty:
             n = df.seed.nunique()
@@ -303,13 +329,14 @@ def compare(
 def _write(res, data, args, todo):
     "Write the picture and the report"
     fig = res.plot()
-    fig.savefig(todo['out']/'curves.png', dpi=100)
+    write_file(todo['out']/'curves.png', partial(fig.savefig, dpi=100, format='png'))
     plt.close(fig)
     usual = {k: o.default for k,o in signature(compare).parameters.items()}
     def said(k, v): return f'--{k.replace("_", "-")}' + ('' if v is True else f" {','.join(todo['lrs']) if k=='opts' else v}")
     command = ' '.join(['ranger-compare', str(data), *[said(k, v) for k,v in args.items() if k != 'data' and v != usual[k]]])
     if callable(data): command = f"compare({todo['settings']['data']}, ...)"
-    (todo['out']/'report.md').write_text(report_md(res.title, command, todo['settings'], todo['about'], res.df, res.tried))
+    report = report_md(res.title, command, todo['settings'], todo['about'], res.df, res.tried)
+    write_file(todo['out']/'report.md', lambda part: part.write_text(report))
     print(f"\nWrote {', '.join(str(todo['out']/o) for o in ('results.csv', 'curves.png', 'report.md'))}")
 
 # %% ../../nbs/lab/05_compare.ipynb #1d402bde

@@ -112,9 +112,10 @@ def _decode(f, size):
     "The image of file `f`, its shorter side twice `size` at most"
     try:
         im = Image.open(f)
+        if im.mode[0] in 'IF': raise ValueError(f"its pixels are not of 8 bits, but of mode {im.mode}, which RGB cannot hold: convert it first")
         im.draft('RGB', (2*size, 2*size))
         im = im.convert('RGB')
-    except OSError as e: raise ValueError(f"cannot read {f}: {e}") from None
+    except Exception as e: raise ValueError(f"cannot read {f}: {e}") from None # Pillow raises many kinds
     r = 2*size/min(im.size)
     return PILImage(im if r >= 1 else im.resize([round(o*r) for o in im.size], Image.Resampling.BILINEAR))
 
@@ -139,6 +140,7 @@ def folder(
         for f in fs:
             if f.parent.parent != path/part: raise ValueError(f"{f} is not in a folder of {path/part} that names its class")
     vocab = sorted({f.parent.name for f in files['train']})
+    if len(vocab) < 2: raise ValueError(f"{path/'train'} must have at least two classes, it has {vocab[0]} alone")
     unknown = {f.parent.name for f in files[name]} - set(vocab)
     if unknown: raise ValueError(f"{path/name} has classes that {path/'train'} has not: {', '.join(sorted(unknown))}")
     parts,held_out = files.values(),f'folder {name}/'

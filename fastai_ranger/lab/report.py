@@ -264,7 +264,7 @@ def command(
                 kwargs = {k: given[k] for k in signature(f).parameters}
             try: f(*args, **kwargs)
             except ArgumentError as e:
-                print(f"{name}: {e}", file=sys.stderr)
+                print(f"{name}: {str(e).splitlines()[-1].strip()}", file=sys.stderr) # fastai puts a line before what a callback raises
                 sys.exit(2)
             except KeyboardInterrupt: sys.exit(130)
         return _f
