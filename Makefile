@@ -18,7 +18,7 @@ test: .venv/installed
 	$(bin)/pytest -n auto
 
 docs: .venv/installed readme
-	$(bin)/jupyter nbconvert --log-level WARN --to html --output-dir _docs nbs/*.ipynb nbs/lab/*.ipynb nbs/tutorials/*.ipynb
+	$(bin)/python docs/make_site.py _docs _proc
 
 readme: .venv/installed
 	$(bin)/jupyter nbconvert --log-level WARN --to markdown --template-file nbs/readme.md.j2 --stdout nbs/index.ipynb > README.md

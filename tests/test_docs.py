@@ -1,0 +1,117 @@
+"The site builds without a warning or a broken link, and a browser shows it"
+import importlib.util, json, re, shutil, subprocess, sys, time
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+pytest.importorskip('sphinx')
+from websockets.sync.client import connect
+
+root = Path(__file__).parents[1]
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    d = tmp_path_factory.mktemp('docs')
+    res = subprocess.run([sys.executable, root/'docs/make_site.py', d/'site', d/'staged'], cwd=root, capture_output=True, text=True, timeout=300)
+    assert not res.returncode, res.stdout+res.stderr
+    return d/'site'
+
+class Browser:
+    "A page in headless Chromium, over its DevTools protocol"
+    def __init__(self, binary, profile):
+        self.proc = subprocess.Popen([binary, '--headless', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0', f'--user-data-dir={profile}', 'about:blank'],
+                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        f = profile/'DevToolsActivePort'
+        until(lambda: f.exists() and f.read_text().count('\n'))
+        port = f.read_text().split('\n')[0]
+        page = next(o for o in json.load(urlopen(f'http://127.0.0.1:{port}/json')) if o['type']=='page')
+        self.stack,self.n,self.events = ExitStack(),0,[]
+        self.ws = self.stack.enter_context(connect(page['webSocketDebuggerUrl'], max_size=None))
+        for o in ('Page', 'Runtime', 'Log', 'Network'): self(f'{o}.enable')
+
+    def __call__(self, method, **params):
+        self.n += 1
+        self.ws.send(json.dumps(dict(id=self.n, method=method, params=params)))
+        while True:
+            res = json.loads(self.ws.recv(timeout=60))
+            if res.get('id')==self.n:
+                assert 'error' not in res, res
+                return res['result']
+            self.events.append(res)
+
+    def js(self, code): return self('Runtime.evaluate', expression=code, awaitPromise=True, returnByValue=True)['result'].get('value')
+
+    def open(self, url):
+        self.events = []
+        self('Page.navigate', url=url)
+        until(lambda: self.js(f'location.href.split("#")[0]')==url.split('#')[0] and self.js('document.readyState')=='complete')
+
+    def width(self, n): self('Emulation.setDeviceMetricsOverride', width=n, height=900, deviceScaleFactor=1, mobile=False)
+
+    def troubles(self):
+        "What the console says, and what came from elsewhere than the site"
+        for e in self.events:
+            m,p = e['method'],e['params']
+            if m=='Runtime.exceptionThrown' or m=='Runtime.consoleAPICalled' and p['type']=='error' or m=='Log.entryAdded' and p['entry']['level']=='error': yield json.dumps(p)
+            if m=='Network.requestWillBeSent' and not re.match('(file|data|blob):', p['request']['url']): yield p['request']['url']
+
+    def close(self):
+        self.stack.close()
+        self.proc.terminate()
+        self.proc.wait()
+
+def until(ok, timeout=30):
+    end = time.time()+timeout
+    while not ok():
+        assert time.time()<end
+        time.sleep(.05)
+
+@pytest.fixture(scope='module')
+def browser(tmp_path_factory):
+    binary = shutil.which('chromium')
+    if not binary: pytest.skip('no chromium')
+    res = Browser(binary, tmp_path_factory.mktemp('profile'))
+    yield res
+    res.close()
+
+def test_a_page_for_each_notebook(site):
+    names = [f.relative_to(root/'nbs').with_suffix('') for f in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts]
+    assert names and not [o for o in names if not (site/f'{o}.html').exists() or not (site/f'{o}.md').exists()]
+    assert not [o for o in names if '#|' in (site/f'{o}.html').read_text()]
+    assert (site/'llms.txt').read_text().count('.md)') >= len(names)
+
+def test_a_name_has_its_parameters_and_source(site):
+    text = (site/'12_muon.html').read_text()
+    assert 'id="fastai_ranger.muon.ranger_muon"' in text and '_modules/fastai_ranger/muon.html#ranger_muon' in text
+    assert '<math' in (site/'04_radam.html').read_text()
+
+def test_broken_links_are_seen(tmp_path):
+    spec = importlib.util.spec_from_file_location('make_site', root/'docs/make_site.py')
+    m = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(m)
+    (tmp_path/'a.html').write_text('<a href="b.html"></a><a href="#x"></a><img src="https://host/x.png"><a href="https://host/"></a><p id="y"><a href="#y"></a>')
+    assert [o.split(': ')[-1] for o in m.broken(tmp_path)] == ['no such file', 'no such anchor', 'from the net']
+
+def test_in_a_browser(site, browser):
+    "No page has an error, a picture that is missing, or needs to be moved sideways on a telephone"
+    for f in sorted(site.rglob('*.html')):
+        browser.width(400)
+        browser.open(f.as_uri())
+        assert not list(browser.troubles()), f
+        assert browser.js('[...document.images].every(o => (o.loading="eager", true)) && Promise.all([...document.images].map(o => o.decode().then(() => true, () => false))).then(a => a.every(o => o))'), f
+        assert browser.js('document.documentElement.scrollWidth') <= 400, f
+
+def test_search(site, browser):
+    browser.open((site/'search.html').as_uri()+'?q=muon_step')
+    until(lambda: browser.js('[...document.querySelectorAll("#search-results a")].some(o => o.href.includes("12_muon.html"))'))
+
+def test_theme(site, browser):
+    browser.width(1400)
+    browser.open((site/'index.html').as_uri())
+    color = 'getComputedStyle(document.body).backgroundColor'
+    seen = set()
+    for _ in range(3):
+        browser.js('[...document.querySelectorAll(".theme-toggle")].find(o => o.offsetParent).click()')
+        seen.add(browser.js(color))
+    assert len(seen)==2, seen
