@@ -18,7 +18,7 @@ myst_heading_anchors = 3
 add_module_names = html_copy_source = html_show_sourcelink = html_show_sphinx = False
 python_maximum_signature_line_length = 70
 toc_object_entries_show_parents = 'hide'
-html_static_path,html_css_files = ['.'],['style.css']
+html_static_path,html_css_files = ['static'],['style.css']
 html_math_renderer = 'mathml'
 
 def mathml(block):

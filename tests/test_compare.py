@@ -555,3 +555,19 @@ def test_one_class(tmp_path, capsys):
     for part in ('train', 'valid'):
         for i in range(1, 10): shutil.rmtree(path/part/f'{i}')
     assert f"{path/'train'} must have at least two classes, it has 0 alone" in refused(capsys, data=str(path), bs=2, size=16)
+
+def test_a_table(tmp_path):
+    "A `Learner` of tables, with its embeddings and batch norm"
+    from fastai.tabular.all import CategoryBlock, Categorify, Normalize, TabularDataLoaders, accuracy, tabular_learner
+    from fastai_ranger.all import Adam, ranger_muon
+    from sklearn.datasets import load_breast_cancer
+    df = load_breast_cancer(as_frame=True).frame.assign(size=lambda d: pd.cut(d['mean radius'], 4).astype(str))
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['size'], cont_names=list(df.columns[:-2]), y_names='target', y_block=CategoryBlock(), bs=64, seed=1)
+    def learner(opt_func): return tabular_learner(dls, layers=[50, 20], opt_func=opt_func, metrics=accuracy)
+    res = compare(learner, [ranger_muon, Adam], epochs=4, seeds=2, out=tmp_path)
+    end = res.df[res.df.epoch==4]
+    assert len(end)==4 and (end.accuracy > .85).all()
+    learn = learner(ranger_muon)
+    learn.create_opt()
+    got = {n for n,p in learn.model.named_parameters() if learn.opt.state[p].get('do_muon', p.ndim > 1)}
+    assert got=={'layers.0.0.weight', 'layers.1.0.weight'} # neither the embedding nor the last layer
