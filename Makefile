@@ -1,7 +1,7 @@
 # make demo · make test · make docs: each makes .venv and installs what it needs, once
 PYTHON ?= python3
 bin = .venv/bin
-.PHONY: demo test docs readme
+.PHONY: demo test fuzz docs readme
 
 .venv/installed: setup.cfg
 	test -x $(bin)/python || $(PYTHON) -m venv .venv
@@ -16,6 +16,9 @@ test: export OMP_NUM_THREADS = 1
 test: .venv/installed
 	$(bin)/nbdev-test
 	$(bin)/pytest -n auto
+
+fuzz: .venv/installed
+	FUZZ=20000 $(bin)/pytest tests/test_fuzz.py
 
 docs: .venv/installed readme
 	$(bin)/python docs/make_site.py _docs _proc
