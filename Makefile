@@ -18,7 +18,7 @@ test: .venv/installed
 	$(bin)/pytest -n auto
 
 fuzz: .venv/installed
-	FUZZ=20000 $(bin)/pytest tests/test_fuzz.py
+	FUZZ=20000 OMP_NUM_THREADS=1 $(bin)/pytest tests/test_fuzz.py
 
 docs: .venv/installed readme
 	$(bin)/python docs/make_site.py _docs _proc

@@ -59,10 +59,9 @@ def _fit_or_raise(opt, sd):
             return v.detach().to(p.device, likes[k].dtype if k in likes else v.dtype, copy=True)
         kept = {k: v for k,v in opt.state[p].items() if k in opt._keep_on_clear}
         states.append({**kept, **{k: take(k, v) for k,v in new.items() if k not in drop}})
-        needed |= kept_here
+        if set(new) - set(opt._keep_on_clear): needed |= kept_here # this one was trained
         found |= set(new)-drop
-    trained = {k for s in sd['state'] for k in s} - set(opt._keep_on_clear)
-    return hypers,states,[k for k in opt.starts if k in needed-found] if trained else []
+    return hypers,states,[k for k in opt.starts if k in needed-found]
 
 def fit_checkpoint(
     opt, # Optimizer

@@ -1,11 +1,15 @@
 "What several tests use"
 import io, warnings
+from functools import partial
 
+import fastai.optimizer as stock
 import torch
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.fp16 import MixedPrecision
 from fastai_ranger.all import *
+from fastai_ranger.lab.registry import OptInfo, optimizers
 from fastcore.all import L
+from torch import nn
 
 def ours(info):
     "Does the record `info` make an optimizer on our engine?"
@@ -14,6 +18,36 @@ def ours(info):
         try: opt = info.opt_func([torch.nn.Parameter(torch.zeros(1))], lr=info.lr)
         except ImportError: return False # of a package that is not installed
     return isinstance(opt, (MultiTensorOptimizer, LookaheadWrapper))
+
+# Records of all on our engine, each with the same formulas in fastai's steppers
+
+def alone(name, *args): return OptInfo(name, *args, twin=name) # nothing else has these formulas
+
+more = [alone('ranger_skip', partial(ranger, unrectified='skip'), 8e-3), OptInfo('radam_l2', partial(RAdam, decouple_wd=False), 3e-3, twin='stock_radam_l2'),
+        OptInfo('ranger_l2_beta', partial(ranger, decouple_wd=False, beta=2.), 8e-3, twin='stock_l2_beta'),
+        alone('lookahead_torch_sgd', lookahead(partial(torch.optim.SGD, momentum=.9)), 1e-1), alone('lookahead_torch_adamw', lookahead(torch.optim.AdamW), 3e-3),
+        alone('fastais_steppers', partial(MultiTensorOptimizer, cbs=[stock.weight_decay, stock.sgd_step]), 1e-1)]
+same_formulas = dict(stock_radam_l2=partial(stock.RAdam, decouple_wd=False), stock_l2_beta=partial(stock.ranger, decouple_wd=False, beta=2.),
+                     lookahead_adam=lambda ps, lr: stock.Lookahead(stock.Adam(ps, lr=lr)), lookahead_sgd=lambda ps, lr: stock.Lookahead(stock.SGD(ps, lr=lr, mom=.9)))
+
+def twin_of(info):
+    "The `opt_func` with the same formulas in fastai's steppers, or the record's own"
+    return same_formulas.get(info.name) or same_formulas.get(info.twin) or {**optimizers, info.name: info}[info.twin].opt_func
+
+records = [o for o in [*optimizers.values(), *more] if ours(o)]
+
+def flat(gs): return [p for g in gs for p in g]
+def inner(opt): return opt.opt if isinstance(opt, LookaheadWrapper) else None
+def engine(opt): return opt.ahead if isinstance(opt, LookaheadWrapper) else opt
+def has_slow(opt): return getattr(opt, 'has_slow_weights', False)
+def is_whole(info): return any(f.scope=='all' for f,_ in engine(info.opt_func([nn.Parameter(torch.zeros(1))], lr=info.lr)).calls)
+
+# How a tensor lies in memory
+
+def as_it_is(t): return t
+def turned(t): return t.mT.contiguous().mT if t.ndim > 1 else t
+def channels_last(t): return t.to(memory_format=torch.channels_last) if t.ndim==4 else t
+def holes(t): return torch.stack([t, t], -1)[..., 0]
 
 # Parameters, steps, state
 

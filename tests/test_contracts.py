@@ -8,23 +8,9 @@ import pytest
 import torch
 from fastai_ranger.all import *
 from fastai_ranger.lab.registry import OptInfo, optimizers, register
-from helpers import equal, ours, same, through_a_file
+from helpers import (alone, as_it_is, channels_last, engine, equal, flat, has_slow, holes, inner, is_whole, ours, records, same, through_a_file,
+    turned, twin_of)
 from torch import nn
-
-def alone(name, *args): return OptInfo(name, *args, twin=name) # nothing else has these formulas
-
-more = [alone('ranger_skip', partial(ranger, unrectified='skip'), 8e-3), OptInfo('radam_l2', partial(RAdam, decouple_wd=False), 3e-3, twin='stock_radam_l2'),
-        OptInfo('ranger_l2_beta', partial(ranger, decouple_wd=False, beta=2.), 8e-3, twin='stock_l2_beta'),
-        alone('lookahead_torch_sgd', lookahead(partial(torch.optim.SGD, momentum=.9)), 1e-1), alone('lookahead_torch_adamw', lookahead(torch.optim.AdamW), 3e-3),
-        alone('fastais_steppers', partial(MultiTensorOptimizer, cbs=[stock.weight_decay, stock.sgd_step]), 1e-1)]
-same_formulas = dict(stock_radam_l2=partial(stock.RAdam, decouple_wd=False), stock_l2_beta=partial(stock.ranger, decouple_wd=False, beta=2.),
-                     lookahead_adam=lambda ps, lr: stock.Lookahead(stock.Adam(ps, lr=lr)), lookahead_sgd=lambda ps, lr: stock.Lookahead(stock.SGD(ps, lr=lr, mom=.9)))
-
-def twin_of(info):
-    "The `opt_func` with the same formulas in fastai's steppers, or the record's own"
-    return same_formulas.get(info.name) or same_formulas.get(info.twin) or {**optimizers, info.name: info}[info.twin].opt_func
-
-records = [o for o in [*optimizers.values(), *more] if ours(o)]
 
 ## Weights, gradients, state
 
@@ -34,7 +20,6 @@ def model(dtype=torch.float64, shapes=shapes):
     g = torch.Generator().manual_seed(0)
     return [[nn.Parameter(torch.randn(s, generator=g, dtype=torch.float64).to(dtype)) for s in ss] for ss in shapes]
 
-def flat(gs): return [p for g in gs for p in g]
 def weights(gs): return [p.detach().clone() for p in flat(gs)]
 def apart(a, b): return max((x.detach().double()-y.detach().double()).abs().max().item() for x,y in zip(a, b) if x.numel())
 def moved(a, b): return not any(torch.equal(x, y) for x,y in zip(a, b) if x.numel())
@@ -60,10 +45,6 @@ def make(info, gs):
     if len(gs[0]) > 1: opt.state[gs[0][1]]['do_wd'] = False
     return opt
 
-def inner(opt): return opt.opt if isinstance(opt, LookaheadWrapper) else None
-def engine(opt): return opt.ahead if isinstance(opt, LookaheadWrapper) else opt
-def has_slow(opt): return getattr(opt, 'has_slow_weights', False)
-def is_whole(info): return any(f.scope=='all' for f,_ in engine(info.opt_func([nn.Parameter(torch.zeros(1))], lr=info.lr)).calls)
 
 def states(opt, gs):
     "A copy of all state, that of a PyTorch optimizer inside included"
@@ -275,10 +256,6 @@ def restart_begins_anew(info, dtype):
 
 ## Memory, types and devices
 
-def as_it_is(t): return t
-def turned(t): return t.mT.contiguous().mT if t.ndim > 1 else t
-def channels_last(t): return t.to(memory_format=torch.channels_last) if t.ndim==4 else t
-def holes(t): return torch.stack([t, t], -1)[..., 0]
 def rows(t): return t[:1].expand_as(t)
 def one_number(t): return t.flatten()[0].expand_as(t)
 

@@ -6,8 +6,7 @@ import torch
 from fastai_ranger.all import *
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from helpers import through_a_file
-from test_contracts import as_it_is, channels_last, flat, has_slow, holes, inner, is_whole, records, turned, twin_of
+from helpers import as_it_is, channels_last, flat, has_slow, holes, inner, is_whole, records, through_a_file, turned, twin_of
 from torch import nn
 
 long = int(os.environ.get('FUZZ') or 0) # sequences, drawn anew each time

@@ -90,3 +90,19 @@ def test_lookahead_around_pytorchs():
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(2): step(opt, model)
     for p,s in zip(model.parameters(), before): assert torch.equal(opt.state[p]['slow'], p) and not torch.equal(p, s)
+
+def test_a_checkpoint_of_muons_weights_alone():
+    "If no weight of RAdam's was trained, none lacks its average of squares"
+    def make():
+        ps = [torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(3))]
+        return ps, ranger_muon(ps, lr=.1)
+    (w,b),opt = make()
+    w.grad = torch.randn(3, 4)
+    opt.step()
+    (_,bias),again = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        again.load_state_dict(opt.state_dict())
+    bias.grad = torch.ones(3)
+    again.step()
+    assert 'sqr_avg' in again.state[bias] and 'sqr_avg' not in opt.state[w]
