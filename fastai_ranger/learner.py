@@ -96,6 +96,21 @@ def lr_find(self:Learner, *args, **kwargs):
         for k in ('lr', 'wd'): # what `fit` sets
             if hypers and k in hypers[0]: self.opt.set_hyper(k, [o[k] for o in hypers])
 
+# %% ../nbs/14_learner.ipynb #d60e409a
+@patch
+def fine_tune_flat_cos(self:Learner,
+    epochs:int, # Number of epochs with all of the net, from 1 on
+    base_lr:float=2e-3, # Rate of the frozen epochs; half of it is the head's after that
+    freeze_epochs:int=1, # Number of epochs with the head alone
+    lr_mult:float=100, # How many times smaller the rate of the first layers is than the head's
+    **kwargs # As for `fit_flat_cos`
+):
+    "fastai's `fine_tune`, with flat-and-cosine in place of one-cycle"
+    self.freeze()
+    self.fit_flat_cos(freeze_epochs, slice(base_lr), pct_start=.99, **kwargs)
+    self.unfreeze()
+    self.fit_flat_cos(epochs, slice(base_lr/2/lr_mult, base_lr/2), **kwargs)
+
 # %% ../nbs/14_learner.ipynb #c1c3996e
 def ranger_lr(
     lrs, # Rates tried, from low to high
