@@ -77,16 +77,17 @@ def rates(
 
 # %% ../../nbs/lab/05_compare.ipynb #db8a7dec
 def parse_lrs(
-    lr, # `None`, one learning rate, or `name=rate` pairs with commas between them
+    lr, # `None`, one learning rate, a dict of names and rates, or `name=rate` pairs with commas between them
     usual # The usual one of each optimizer, by name
 )->dict: # Learning rate of each
     "The learning rate of each optimizer"
     lrs = dict(usual)
     try:
         if lr is None: pass
+        elif isinstance(lr, dict): lrs.update({k: float(v) for k,v in lr.items()})
         elif '=' not in str(lr): lrs = {k: float(lr) for k in usual}
         else: lrs.update({k.strip(): float(v) for k,v in (o.rsplit('=', 1) for o in lr.split(','))})
-    except ValueError: raise ValueError(f"lr must be a number or `name=number,...`, got {lr}") from None
+    except (TypeError, ValueError): raise ValueError(f"lr must be a number or `name=number,...`, got {lr}") from None
     if set(lrs) > set(usual): raise ValueError(f"lr is given for {', '.join(sorted(set(lrs)-set(usual)))}, which is not compared")
     for k,v in lrs.items():
         if not 0 < v < math.inf: raise ValueError(f"lr of {k} must be above 0, got {v}")
@@ -332,7 +333,9 @@ def _write(res, data, args, todo):
     write_file(todo['out']/'curves.png', partial(fig.savefig, dpi=100, format='png'))
     plt.close(fig)
     usual = {k: o.default for k,o in signature(compare).parameters.items()}
-    def said(k, v): return f'--{k.replace("_", "-")}' + ('' if v is True else f" {','.join(todo['lrs']) if k=='opts' else v}")
+    def said(k, v):
+        if isinstance(v, dict): v = ','.join(f'{o}={x:g}' for o,x in v.items())
+        return f'--{k.replace("_", "-")}' + ('' if v is True else f" {','.join(todo['lrs']) if k=='opts' else v}")
     command = ' '.join(['ranger-compare', str(data), *[said(k, v) for k,v in args.items() if k != 'data' and v != usual[k]]])
     if callable(data): command = f"compare({todo['settings']['data']}, ...)"
     report = report_md(res.title, command, todo['settings'], todo['about'], res.df, res.tried)
