@@ -35,14 +35,19 @@ def _store(states, k, v):
 class Bucket:
     "Parameters that are treated alike, with their states"
     def __init__(self, group, params, states):
-        self.group,self.params,self.states = group,params,states
+        self.group,self.params,self.states,self.local = group,params,states,local(params)
         self.found,n = self._objects(),len(states[0])
-        self.values = {k: v if isinstance(v, _plain) else self.found[i::n] for i,(k,v) in enumerate(states[0].items())}
+        self.values = {k: v if isinstance(v, _plain) else local(self.found[i::n]) for i,(k,v) in enumerate(states[0].items())}
         lists = [o for o in self.values.values() if isinstance(o, list) and all(isinstance(t, Tensor) for t in o)]
-        dense = [torch.empty_like(p, device='meta') for p in params]
-        self.same_layout = all(strides(o)==strides(params) for o in (dense, [p.grad for p in params], *lists))
+        dense = [torch.empty_like(p, device='meta') for p in self.local]
+        self.same_layout = all(strides(o)==strides(self.local) for o in (dense, local([p.grad for p in params]), *lists))
 
     def _objects(self): return list(chain.from_iterable(map(dict.values, self.states)))
+
+    def _shards(self, v):
+        "`v`, with what belongs to a sharded parameter sharded as that is"
+        if self.local is self.params or not isinstance(v, (list,tuple)): return v
+        return [shard_like(o, p) if isinstance(o, Tensor) else o for o,p in zip(v, self.params)]
 
     @property
     def is_current(self):
@@ -51,19 +56,19 @@ class Bucket:
 
     def run(self, calls, hyper, grad):
         "Call each stepper once for all `params`, store the state they return, and return the gradients they leave"
-        new,same = {},self.same_layout
+        new,same,grad = {},self.same_layout,local(grad)
         for f,settled in calls:
-            res = f.run(self.params, grad, {**self.values, **new, **settled, **hyper}, same) or {}
+            res = f.run(self.local, grad, {**self.values, **new, **settled, **hyper}, same) or {}
             if 'grad' in res:
                 grad = res.pop('grad')
-                same = same and strides(grad)==strides(self.params)
+                same = same and strides(grad)==strides(self.local)
             new.update(res)
         for k,v in new.items():
-            each = _store(self.states, k, v)
+            each = _store(self.states, k, self._shards(v))
             if k in self.values and v is not None and isinstance(v, _plain): # this bucket stays current
                 self.values[k] = v
                 self.found[list(self.values).index(k)::len(self.values)] = each
-        return grad
+        return self._shards(grad)
 
 # %% ../nbs/03_engine.ipynb #8e3731fd
 most_numbers = 2**24 # in a bucket on a CPU, about: what a stepper allocates for it stays small
@@ -74,6 +79,16 @@ def _check_grad(name, p):
     if g.layout is torch.strided and g.dtype is p.dtype and p.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64): return
     raise ValueError(f"cannot step {name}, shape {tuple(p.shape)}: its dtype is {p.dtype}, its gradient's {g.dtype} ({g.layout}); "
         "both must be dense and of one dtype: float16, bfloat16, float32 or float64")
+
+def _check_shards(name, p, calls):
+    "`ValueError` unless the steppers of `calls` can step the part of `p` that a process holds"
+    if not hasattr(p, 'to_local'): return
+    if getattr(p.grad, 'placements', None) != p.placements:
+        raise ValueError(f"cannot step {name}, shape {tuple(p.shape)}: it is sharded as {p.placements}, its gradient as {getattr(p.grad, 'placements', None)}")
+    over = {'any': False, 'rows': any(not (o.is_shard(0) or o.is_replicate()) for o in p.placements), 'none': any(not o.is_replicate() for o in p.placements)}
+    if bad := [f.__name__ for f,_ in calls if over[f.shards]]:
+        raise ValueError(f"cannot step {name}, shape {tuple(p.shape)}, sharded as {p.placements}: {', '.join(bad)} must see whole tensors or filters. "
+            "Use an optimizer that treats each number by itself, such as `ranger`, or do not shard this one")
 
 class MultiTensorOptimizer(Optimizer):
     "An `Optimizer` that calls each stepper of `cbs` once for all parameters that are treated alike"
@@ -151,12 +166,14 @@ class MultiTensorOptimizer(Optimizer):
     def _fingerprint(self):
         "What the buckets depend on, besides state: which groups have equal hypers, which parameters have a gradient, and how both lie in memory"
         hypers,ps = list(self.hypers),[p for pg in self.param_lists for p in pg if p.grad is not None]
-        groups,both = list(zip(map(hypers.index, hypers), map(len, self.param_lists))),ps+[p.grad for p in ps]
-        return groups,list(map(id, ps)),list(map(Tensor.data_ptr, ps)),[o.dtype for o in both],strides(both)
+        groups,both = list(zip(map(hypers.index, hypers), map(len, self.param_lists))),local(ps+[p.grad for p in ps])
+        return groups,list(map(id, ps)),list(map(Tensor.data_ptr, both[:len(ps)])),[o.dtype for o in both],strides(both)
 
     def _build_buckets(self):
         for name,p in self.named_params():
-            if p.grad is not None: _check_grad(name, p)
+            if p.grad is None: continue
+            _check_grad(name, p)
+            _check_shards(name, p, self.calls)
         hypers,res,current,sizes = list(self.hypers),[],{},{}
         rows = [(i, p, self.state[p]) for i,pg in zip(map(hypers.index, hypers), self.param_lists) for p in pg if p.grad is not None]
         self._start_state([(p, state) for _,p,state in rows])

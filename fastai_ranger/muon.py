@@ -60,7 +60,7 @@ def orthogonalize(
     return (x.mT if tall else x).to(g.dtype)
 
 # %% ../nbs/12_muon.ipynb #a95d7c2d
-@stepper(state=dict(grad_avg=torch.zeros_like), hypers=dict(wd=common['wd'], ns_steps=hyper(lo=1, whole=True)))
+@stepper(state=dict(grad_avg=torch.zeros_like), hypers=dict(wd=common['wd'], ns_steps=hyper(lo=1, whole=True)), shards='none')
 def muon_step(p, grad, lr, mom, grad_avg, wd=0., do_wd=True,
     nesterov=True, # Look ahead along the momentum?
     ns_steps=5, # Newton-Schulz iterations, a whole number from 1 on
@@ -80,7 +80,7 @@ def muon_step(p, grad, lr, mom, grad_avg, wd=0., do_wd=True,
 def _is_matrix(p): return p.ndim > 1 and len(p) > 1 and p.numel() > len(p) and (p.ndim==2 or p.shape[1] > 1)
 
 @stepper(state=dict(do_muon=_is_matrix, step=0, grad_avg=torch.zeros_like, sqr_avg=unless('do_muon', torch.zeros_like)),
-         hypers={**fused_radam_step.hypers, **muon_step.hypers}, dense=True)
+         hypers={**fused_radam_step.hypers, **muon_step.hypers}, dense=True, shards='none')
 def muon_radam_step(p, grad, step,
     do_muon, # Muon, rather than RAdam?
     **kwargs # As for `muon_step` and `fused_radam_step`

@@ -22,7 +22,7 @@ def _norms(ts):
     vectors = iter(torch._foreach_norm([o for o in ts if o.ndim < 2]) if any(o.ndim < 2 for o in ts) else [])
     return [next(vectors) if o.ndim < 2 else torch.linalg.vector_norm(o, dim=tuple(range(1, o.ndim)), keepdim=True) for o in ts]
 
-@stepper(hypers=dict(clip=hyper(.01, 0)))
+@stepper(hypers=dict(clip=hyper(.01, 0)), shards='none')
 def adaptive_clip(p, grad,
     clip, # Length of a gradient, at most, in lengths of its weights, in [0, inf)
     **kwargs
@@ -37,7 +37,7 @@ def adaptive_clip(p, grad,
     return dict(grad=torch._foreach_mul(grad, most))
 
 # %% ../nbs/11_ranger_2021.ipynb #f76aba59
-@stepper()
+@stepper(shards='none')
 def normalize_grad(p, grad, **kwargs)->dict: # `grad`
     "Divide each gradient of more than two numbers by its standard deviation"
     gs = [o for o in grad if o.numel() > 2]
@@ -93,7 +93,7 @@ def stable_decay(p, grad, lr, wd, sqr_avg, step, sqr_mom, do_wd=(), **kwargs):
     for (rate,device,_),ps in groups.items(): torch._foreach_mul_(ps, torch.where(rms > 0, 1-rate/rms, 1.).to(device))
 
 # %% ../nbs/11_ranger_2021.ipynb #843444d9
-@stepper(hypers=dict(norm_loss=hyper(1e-4, 0), eps=hyper(1e-8, 0)))
+@stepper(hypers=dict(norm_loss=hyper(1e-4, 0), eps=hyper(1e-8, 0)), shards='none')
 def norm_loss_step(p, grad, lr, eps,
     norm_loss, # How strongly, in [0, inf)
     do_wd=True, **kwargs

@@ -54,7 +54,7 @@ def _decayed(step, decouple_wd, first=()):
 def _mean(x): return x.mean(tuple(range(1, x.ndim)), keepdim=True)
 def _has_filters(p, conv_only): return p.ndim > (2 if conv_only else 1) and p.numel() > len(p)
 
-@stepper()
+@stepper(shards='rows')
 def centralize(p, grad,
     conv_only=False, # Convolutions only, which have three dimensions or more?
     do_gc=True, **kwargs
@@ -63,7 +63,7 @@ def centralize(p, grad,
     if do_gc: return dict(grad=[g-_mean(g) if _has_filters(o, conv_only) else g for o,g in zip(p, grad)])
 
 # %% ../nbs/10_variants.ipynb #fa7f8017
-@stepper(state=fused_radam_step.state, hypers=fused_radam_step.hypers, dense=True)
+@stepper(state=fused_radam_step.state, hypers=fused_radam_step.hypers, dense=True, shards='rows')
 def centralized_radam_step(p, grad, conv_only=False, do_gc=True, **kwargs)->dict: # What `fused_radam_step` returns
     "`fused_radam_step` that leaves the mean of each filter where it is"
     means = [(o, _mean(o)) for o in p if do_gc and _has_filters(o, conv_only)]
@@ -196,7 +196,7 @@ def ranger_adabelief(params, lr:float|slice, *, # Default learning rate, in [0, 
     return inside_lookahead(params, lr, cbs, mom=mom, eps=eps, **kwargs)
 
 # %% ../nbs/10_variants.ipynb #05fb3c31
-@stepper(state=fused_radam_step.state, hypers=fused_radam_step.hypers, dense=True)
+@stepper(state=fused_radam_step.state, hypers=fused_radam_step.hypers, dense=True, shards='none')
 def lars_radam_step(p, grad, lr,
     max_norm=10., # Norms of weights count as this if they are larger, in (0, inf)
     **kwargs
