@@ -58,9 +58,9 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         "Take over hypers and state; `ValueError`, and nothing is changed, if they do not fit"
-        n = sum(len(g['params']) for g in self.param_groups)
+        ids = [o for g in state_dict['param_groups'] for o in g['params']] # numbers, or names in a checkpoint of `torch.distributed`
         hypers = [{k: g[k] for k in self.inner.hypers[0] if k in g} for g in state_dict['param_groups']]
-        sd = dict(state=[state_dict['state'].get(i, {}) for i in range(n)], hypers=hypers)
+        sd = dict(state=[state_dict['state'].get(i, {}) for i in ids], hypers=hypers)
         fit_checkpoint(self.inner, sd)
         super().load_state_dict(state_dict)
         self.inner.load_state_dict(sd)

@@ -1,0 +1,20 @@
+"Sharded parameters (`fully_shard`): real processes on gloo"
+import os, pytest, subprocess, sys, torch
+from pathlib import Path
+
+here = Path(__file__).parent
+
+def ranks(n, folder, *cases):
+    "Run `sharded.py` in `n` processes that share `folder`, each case in turn; what each wrote to stderr, if one failed"
+    cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), here/'sharded.py', folder, *cases]
+    res = subprocess.run(list(map(str, cmd)), env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=240)
+    return '' if res.returncode==0 else res.stderr
+
+def test_two_and_four(tmp_path):
+    "Equal to one process; refused in a sentence; a checkpoint of two processes goes on in four"
+    assert not (err := ranks(2, tmp_path, 'equal', 'slow', 'refused', 'save')), err
+    assert not (err := ranks(4, tmp_path, 'equal', 'load')), err
+
+def test_a_spoilt_rank_is_seen(tmp_path):
+    "One number in the state of the last process, and the comparison fails"
+    assert 'differs from one process' in ranks(2, tmp_path, 'spoilt')
