@@ -15,7 +15,7 @@ demo: .venv/installed
 test: export OMP_NUM_THREADS = 1
 test: .venv/installed
 	$(bin)/nbdev-test
-	$(bin)/pytest -n auto
+	$(bin)/pytest -n auto --dist worksteal
 
 fuzz: .venv/installed
 	FUZZ=20000 OMP_NUM_THREADS=1 $(bin)/pytest tests/test_fuzz.py
