@@ -103,13 +103,14 @@ def fine_tune_flat_cos(self:Learner,
     base_lr:float=2e-3, # Rate of the frozen epochs; half of it is the head's after that
     freeze_epochs:int=1, # Number of epochs with the head alone
     lr_mult:float=100, # How many times smaller the rate of the first layers is than the head's
-    **kwargs # As for `fit_flat_cos`
+    pct_start:float=.75, # Where the cosine begins, in (0, 1)
+    **kwargs # Others, as for `fit_flat_cos`
 ):
     "fastai's `fine_tune`, with flat-and-cosine in place of one-cycle"
     self.freeze()
     self.fit_flat_cos(freeze_epochs, slice(base_lr), pct_start=.99, **kwargs)
     self.unfreeze()
-    self.fit_flat_cos(epochs, slice(base_lr/2/lr_mult, base_lr/2), **kwargs)
+    self.fit_flat_cos(epochs, slice(base_lr/2/lr_mult, base_lr/2), pct_start=pct_start, **kwargs)
 
 # %% ../nbs/14_learner.ipynb #c1c3996e
 def ranger_lr(

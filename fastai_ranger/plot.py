@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt,torch
 from fastai.callback.core import Callback
 from fastai.optimizer import SGD
 from functools import partial
+from .stepper import hyper
 from .radam import rectify
 from .wrapper import lookahead
 
@@ -73,10 +74,13 @@ class FastAndSlow(Callback):
     run_valid = False
     def __init__(self,
         every:int=1 # Updates from one look to the next, a whole number from 1 on
-    ): self.every,self.rows = every,[]
+    ):
+        hyper(lo=1, whole=True).check('every', every)
+        self.every = every
 
     def before_fit(self):
         "`ValueError` if the optimizer keeps no slow weights"
+        self.run,self.rows = not hasattr(self.learn, 'lr_finder'),[]
         if not getattr(self.opt, 'has_slow_weights', False): raise ValueError(f"`FastAndSlow` needs an `opt_func` that keeps slow weights, got {self.opt}")
         *self.xs,self.y = self.dls.valid.one_batch()
 
@@ -85,12 +89,13 @@ class FastAndSlow(Callback):
 
     def after_batch(self):
         if self.train_iter%self.every: return
+        training = [m for m in self.model.modules() if m.training] # not all, if batch norm is frozen
         self.model.eval()
         fast = self._loss()
         self.opt.to_slow()
         self.rows.append((self.train_iter, fast, self._loss()))
         self.opt.to_fast()
-        self.model.train()
+        for m in training: m.training = True
 
     def plot(self,
         ax=None # Where to draw
@@ -107,7 +112,7 @@ class FastAndSlow(Callback):
 class UpdateSizes(Callback):
     "Watch the length of each update, in lengths of the weights, for `plot`"
     run_valid = False
-    def __init__(self): self.rows = []
+    def before_fit(self): self.run,self.rows = not hasattr(self.learn, 'lr_finder'),[]
 
     def before_step(self): self.old = [[p.detach().clone() for p in pg] for pg in self.opt.param_lists]
 
