@@ -73,23 +73,6 @@ class Bucket:
 # %% ../nbs/03_engine.ipynb #8e3731fd
 most_numbers = 2**24 # in a bucket on a CPU, about: what a stepper allocates for it stays small
 
-def _check_grad(name, p):
-    "`ValueError` unless `p` and its gradient can be stepped"
-    g = p.grad
-    if g.layout is torch.strided and g.dtype is p.dtype and p.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64): return
-    raise ValueError(f"cannot step {name}, shape {tuple(p.shape)}: its dtype is {p.dtype}, its gradient's {g.dtype} ({g.layout}); "
-        "both must be dense and of one dtype: float16, bfloat16, float32 or float64")
-
-def _check_shards(name, p, calls):
-    "`ValueError` unless the steppers of `calls` can step the part of `p` that a process holds"
-    if not hasattr(p, 'to_local'): return
-    if getattr(p.grad, 'placements', None) != p.placements:
-        raise ValueError(f"cannot step {name}, shape {tuple(p.shape)}: it is sharded as {p.placements}, its gradient as {getattr(p.grad, 'placements', None)}")
-    over = {'any': False, 'rows': any(not (o.is_shard(0) or o.is_replicate()) for o in p.placements), 'none': any(not o.is_replicate() for o in p.placements)}
-    if bad := [f.__name__ for f,_ in calls if over[f.shards]]:
-        raise ValueError(f"cannot step {name}, shape {tuple(p.shape)}, sharded as {p.placements}: {', '.join(bad)} must see whole tensors or filters. "
-            "Use an optimizer that treats each number by itself, such as `ranger`, or do not shard this one")
-
 class MultiTensorOptimizer(Optimizer):
     "An `Optimizer` that calls each stepper of `cbs` once for all parameters that are treated alike"
     _keep_on_clear = [*Optimizer._keep_on_clear, 'do_gc', 'do_muon']
@@ -171,9 +154,7 @@ class MultiTensorOptimizer(Optimizer):
 
     def _build_buckets(self):
         for name,p in self.named_params():
-            if p.grad is None: continue
-            _check_grad(name, p)
-            _check_shards(name, p, self.calls)
+            if p.grad is not None: check_grad(name, p, self.calls)
         hypers,res,current,sizes = list(self.hypers),[],{},{}
         rows = [(i, p, self.state[p]) for i,pg in zip(map(hypers.index, hypers), self.param_lists) for p in pg if p.grad is not None]
         self._start_state([(p, state) for _,p,state in rows])
