@@ -571,3 +571,17 @@ def test_a_table(tmp_path):
     learn.create_opt()
     got = {n for n,p in learn.model.named_parameters() if learn.opt.state[p].get('do_muon', p.ndim > 1)}
     assert got=={'layers.0.0.weight', 'layers.1.0.weight'} # neither the embedding nor the last layer
+
+def test_the_census_table(tmp_path):
+    "The rate of each optimizer and schedule is the best of those tried"
+    from fastai_ranger.lab.report import best_rates
+    from fastai_ranger.lab.table import compare_on_adult
+    rng = np.random.default_rng(0)
+    words = {o: rng.choice(['a', 'b'], 320) for o in ('workclass', 'education', 'marital_status', 'occupation', 'relationship', 'race')}
+    df = pd.DataFrame({**words, 'age': rng.normal(size=320), 'fnlwgt': rng.normal(size=320), 'education_num': rng.normal(size=320)})
+    df.assign(salary=np.where(df.age > 0, '>50K', '<=50K')).to_csv(tmp_path/'adult.csv', index=False)
+    compare_on_adult(tmp_path/'adult.csv', tmp_path/'out', 'ranger_muon,sgd', n_rates=2, seeds=1, epochs=1)
+    best = best_rates(pd.read_csv(tmp_path/'out'/'tune'/'results.csv')).lr
+    for sched in ('flat_cos', 'one_cycle'):
+        runs = pd.read_csv(tmp_path/'out'/sched/'results.csv').set_index('optimizer')
+        assert runs.lr.to_dict() == best.xs(sched, level='sched').to_dict()
