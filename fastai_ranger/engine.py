@@ -245,7 +245,7 @@ class MultiTensorOptimizer(Optimizer):
         "State of each parameter and hypers of each group; what `restart` has dropped is saved as its start value"
         anchored = {k: self.starts[k] for k in self.anchored}
         def whole(p, s): return {**start_state(anchored, p, s), **s} if set(s)-set(self._keep_on_clear) else s
-        return dict(state=[whole(p, s) for p,_,s,_ in self.all_params()], hypers=self.hypers)
+        return dict(state=[whole(p, s) for p,_,s,_ in self.all_params()], hypers=plain_hypers(self.hypers))
 
     def load_state_dict(self, sd:dict):
         "Take over hypers and state from a copy of `sd`, of any optimizer of fastai; `ValueError`, and nothing is changed, if it does not fit"

@@ -56,6 +56,11 @@ class TorchOptimizer(torch.optim.Optimizer):
         self.inner.param_lists = L(*self.inner.param_lists, L(group['params']))
         self.inner.hypers = L(*self.inner.hypers, {k: group[k] for k in self.inner.hypers[0]})
 
+    def state_dict(self):
+        "As for any `torch.optim.Optimizer`"
+        sd = super().state_dict()
+        return {**sd, 'param_groups': plain_hypers(sd['param_groups'])}
+
     def load_state_dict(self, state_dict):
         "Take over hypers and state; `ValueError`, and nothing is changed, if they do not fit"
         ids = [o for g in state_dict['param_groups'] for o in g['params']] # numbers, or names in a checkpoint of `torch.distributed`

@@ -95,8 +95,7 @@ class _Ahead(MultiTensorOptimizer):
         for b in self._begun: b.run([(f, {})], self.hypers[b.group], [p.grad for p in b.params])
 
     def _save(self, opt, sd):
-        own = self.state_dict()
-        sd['lookahead'] = {**own, 'hypers': list(map(dict, own['hypers']))}
+        sd.update(lookahead=self.state_dict(), param_groups=plain_hypers(sd['param_groups']))
 
     def _check(self, opt, sd):
         self._loaded = sd.get('lookahead')

@@ -4,11 +4,14 @@ from functools import partial
 from unittest.mock import patch
 
 import fastai.optimizer as stock
+import numpy as np
 import pytest
 import torch
+from fastai.learner import Learner
 from fastai_ranger.all import *
 from fastai_ranger.lab.registry import OptInfo, optimizers, register
-from helpers import (alone, as_it_is, channels_last, engine, equal, flat, has_slow, holes, inner, is_whole, ours, records, same, through_a_file,
+from fastai_ranger.lab.workflows import digits_learner, fit
+from helpers import (alone, as_it_is, channels_last, engine, equal, flat, has_slow, holes, inner, is_whole, load, ours, records, same, through_a_file,
     turned, twin_of)
 from torch import nn
 
@@ -68,6 +71,32 @@ def goes_on_from_a_checkpoint(info, dtype):
             other.load_state_dict(sd)
         go(other, ws, 9-i, i)
         assert equal(flat(ws), flat(gs)) and same(states(other, ws), states(opt, gs)) and list(other.hypers)==list(opt.hypers)
+
+def is_read_safely(info):
+    "and goes on to the bit: what it saves after a restart, with groups frozen, with rates of NumPy, as a PyTorch optimizer, and from a `Learner`"
+    gs,ws = model(),model()
+    opt,other = make(info, gs),make(info, ws)
+    go(opt, gs, 4)
+    opt.restart()
+    opt.freeze_to(1)
+    opt.set_hyper('lr', info.lr*np.array([1, 2]))
+    other.load_state_dict(through_a_file(opt.state_dict()))
+    with torch.no_grad():
+        for p,w in zip(flat(gs), flat(ws)): w.copy_(p)
+    go(opt, gs, 8), go(other, ws, 8)
+    assert equal(flat(gs), flat(ws))
+    if isinstance(opt, MultiTensorOptimizer):
+        opt,other = (as_torch(info.opt_func)([dict(params=g, lr=np.float64(info.lr)) for g in model()]) for _ in range(2))
+        go(opt.inner, opt.inner.param_lists, 3)
+        other.load_state_dict(through_a_file(opt.state_dict()))
+        assert same(states(other.inner, other.inner.param_lists), states(opt.inner, opt.inner.param_lists))
+    learn,other = (digits_learner(info.opt_func) for _ in range(2))
+    fit(learn, 1, slice(info.lr/10, info.lr), Learner.fit_one_cycle)
+    file = learn.save('x')
+    assert set(torch.load(file, weights_only=True))=={'model', 'opt'}
+    load(other, file.with_suffix(''))
+    fit(learn, lr=info.lr), fit(other, lr=info.lr)
+    assert equal(learn.model.parameters(), other.model.parameters())
 
 def own(sd): return sd.get('lookahead', sd)
 def plain(sd): return [{k: torch.as_tensor(v).clone() for k,v in s.items()} for s in own(sd)['state']], [dict(h) for h in own(sd)['hypers']]
@@ -402,7 +431,7 @@ def each(f, **names):
 
 low,bits = (torch.bfloat16, torch.float16),(torch.float64, torch.bfloat16)
 contracts = [
-    *each(goes_on_from_a_checkpoint, dtype=bits), leaves_the_checkpoint_as_it_is, refuses_a_bad_checkpoint, copies_go_on,
+    *each(goes_on_from_a_checkpoint, dtype=bits), is_read_safely, leaves_the_checkpoint_as_it_is, refuses_a_bad_checkpoint, copies_go_on,
     frozen_parameters_stay, no_gradient_no_step, nothing_to_do, gradients_come_and_go, *each(gradients_stay, dtype=bits), storage_stays, plain_tensors_are_stepped, works_where_autograd_is_on,
     groups_are_optimizers_of_their_own, refused_hypers_leave_all_as_it_was, *each(restart_begins_anew, dtype=bits),
     *[partial(same_numbers_in_any_layout, weight=w, grad=g) for w,g in layouts], layouts_may_change,
