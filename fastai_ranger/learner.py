@@ -9,7 +9,7 @@ __all__ = ['fit_flat_cos_of_fastai', 'lr_find_of_fastai', 'summary_of_fastai', '
 import fastai.callback.schedule # `Learner.fit_flat_cos`, `Learner.lr_find`
 import fastai.callback.hook # `Learner.summary`
 import fastai.optimizer as stock
-import math,numpy as np,weakref
+import math,numpy as np,torch,weakref
 from contextlib import nullcontext
 from fastcore.all import L,delegates,patch
 from fastai.callback.schedule import ParamScheduler,valley
@@ -18,10 +18,13 @@ from fastai.learner import Learner,SkipToEpoch
 from fastai.torch_core import get_model
 from functools import partial
 from warnings import warn
+try: import fastai.distributed as distributed
+except NameError: distributed = None # Accelerate is not installed
 from .engine import *
 from .variants import *
 from .ranger_2021 import *
 from .muon import *
+from .wrapper import *
 import fastai_ranger.describe # the `repr` of an optimizer
 
 # %% ../nbs/14_learner.ipynb #2deeae60
@@ -122,6 +125,30 @@ def ranger_lr(
     lr = 9*valley(lrs, losses, num_it)[0]
     i = min(int((lrs < lr).sum()), len(lrs)-1)
     return lr,(float(lrs[i]), losses[i])
+
+# %% ../nbs/14_learner.ipynb #9352f741
+if distributed:
+    _fastai_broadcast = distributed.DistributedDL._broadcast
+
+    @patch
+    def _broadcast(self:distributed.DistributedDL, t, rank):
+        "fastai's `_broadcast`, without a GPU too"
+        if torch.cuda.is_available(): return _fastai_broadcast(self, t, rank)
+        t = torch.tensor(t)
+        torch.distributed.broadcast(t, rank)
+        return t.tolist()
+
+# %% ../nbs/14_learner.ipynb #4b7b060b
+if distributed:
+    _accelerate_prepare = distributed.Accelerator.prepare
+
+    @patch
+    def prepare(self:distributed.Accelerator, *args, **kwargs):
+        "Accelerate's `prepare`, which warns of an optimizer that it hands back as it is"
+        if any(isinstance(o, (MultiTensorOptimizer,LookaheadWrapper)) for o in args):
+            warn("Accelerate hands this optimizer back as it is: `accumulate` does not hold back its steps, and `save_state` does not save it. "
+                 "Make it with `as_torch`, as in `as_torch(ranger)(model.parameters(), lr=...)`", stacklevel=2)
+        return _accelerate_prepare(self, *args, **kwargs)
 
 # %% ../nbs/14_learner.ipynb #d1bbf321
 summary_of_fastai = Learner.summary

@@ -1,12 +1,12 @@
-"Sharded parameters (`fully_shard`): real processes on gloo"
+"Sharded parameters (`fully_shard`), Accelerate and `distrib_ctx`: real processes on gloo"
 import os, pytest, subprocess, sys, torch
 from pathlib import Path
 
 here = Path(__file__).parent
 
-def ranks(n, folder, *cases):
-    "Run `sharded.py` in `n` processes that share `folder`, each case in turn; what each wrote to stderr, if one failed"
-    cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), here/'sharded.py', folder, *cases]
+def ranks(n, folder, *cases, script='sharded.py'):
+    "Run `script` in `n` processes that share `folder`, each case in turn; what each wrote to stderr, if one failed"
+    cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), here/script, folder, *cases]
     res = subprocess.run(list(map(str, cmd)), env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=240)
     return '' if res.returncode==0 else res.stderr
 
@@ -18,3 +18,12 @@ def test_two_and_four(tmp_path):
 def test_a_spoilt_rank_is_seen(tmp_path):
     "One number in the state of the last process, and the comparison fails"
     assert 'differs from one process' in ranks(2, tmp_path, 'spoilt')
+
+def test_accelerate_and_distrib_ctx(tmp_path):
+    "Equal to one process; a checkpoint goes on to the bit; a spoilt rank is seen"
+    assert not (err := ranks(2, tmp_path, 'accumulate', 'checkpoint', 'mixed', 'spoilt', 'learner', script='accelerated.py')), err
+
+def test_without_accelerate():
+    "fastai.distributed cannot be imported then, and nobody needs it"
+    code = "import sys; sys.modules['accelerate'] = None; from fastai_ranger.all import *; from fastai_ranger.learner import *"
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)

@@ -1,5 +1,5 @@
 "`as_torch`: a `torch.optim.Optimizer` with the numbers of fastai's kind, in what PyTorch and Accelerate do with one"
-import copy, pickle
+import copy, pickle, warnings
 
 import fastai.optimizer as stock
 import pytest
@@ -159,3 +159,14 @@ def test_accelerate(tmp_path):
     whole = go(8)
     acc.load_state(tmp_path)
     same(go(8), whole)
+
+@pytest.mark.parametrize('opt_func', (ranger, lookahead(torch.optim.SGD)))
+def test_accelerate_warns(opt_func):
+    "of an optimizer of fastai's kind, and of no other"
+    ps,acc = list(net().parameters()),Accelerator(cpu=True)
+    opt = opt_func(ps, lr=.05)
+    with pytest.warns(UserWarning, match='as_torch') as got: assert acc.prepare(opt) is opt
+    assert got[0].filename==__file__
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        acc.prepare(nn.Linear(2, 2), as_torch(ranger)(ps, lr=.05))
