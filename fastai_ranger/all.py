@@ -12,4 +12,5 @@ from .ranger_2021 import ranger21,adaptive_clip,normalize_grad,average_pnm,max_s
 from .muon import muon,ranger_muon,orthogonalize,muon_step,muon_radam_step,spare_ends
 from .torch_form import as_torch,TorchOptimizer
 from .plot import plot_rectification,plot_lookahead,FastAndSlow,UpdateSizes
+from .diloco import diloco,DiLoCoTrainer,average_ranks,outer_step
 from .learner import ranger_lr

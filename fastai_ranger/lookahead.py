@@ -82,5 +82,5 @@ def sync(self:MultiTensorOptimizer):
         s['slow_step'] = 0 # of which any `k` is a divisor
         values = {**{k: local([v]) if isinstance(v, torch.Tensor) else v for k,v in s.items()}, **h}
         for f,_ in self.calls:
-            if 'alpha' in f.hypers: f.f(local([p]), [p.grad], **values)
+            if 'k' in f.hypers: f.f(local([p]), [p.grad], **values)
         s.pop('fast', None)

@@ -1,6 +1,7 @@
-"Sharded parameters (`fully_shard`), Accelerate and `distrib_ctx`: real processes on gloo"
+"Sharded parameters (`fully_shard`), DiLoCo, Accelerate and `distrib_ctx`: real processes on gloo"
 import os, pytest, subprocess, sys, torch
 from pathlib import Path
+from time import perf_counter
 
 here = Path(__file__).parent
 
@@ -18,6 +19,19 @@ def test_two_and_four(tmp_path):
 def test_a_spoilt_rank_is_seen(tmp_path):
     "One number in the state of the last process, and the comparison fails"
     assert 'differs from one process' in ranks(2, tmp_path, 'spoilt')
+
+def test_diloco(tmp_path):
+    "Equal to DDP with SGD in each update, and to the paper with AdamW; what the ranks do not share is refused; a `Learner`"
+    assert not (err := ranks(2, tmp_path, 'ddp', 'paper', 'unlike', 'undefined', 'learner', script='diloco_ranks.py')), err
+
+def test_diloco_with_a_spoilt_rank_is_seen(tmp_path): assert 'differ' in ranks(2, tmp_path, 'spoilt', script='diloco_ranks.py')
+
+def test_diloco_goes_on_after_a_rank_has_died(tmp_path):
+    "The others end with an error, and their checkpoints go on to the bit"
+    start = perf_counter()
+    assert 'Signal 9' in ranks(2, tmp_path, 'dies', script='diloco_ranks.py')
+    assert perf_counter()-start < 120, 'the other rank waited'
+    assert not (err := ranks(2, tmp_path, 'resumes', script='diloco_ranks.py')), err
 
 def test_accelerate_and_distrib_ctx(tmp_path):
     "Equal to one process; a checkpoint goes on to the bit; a spoilt rank is seen"

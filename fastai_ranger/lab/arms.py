@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['cautious', 'normuon', 'cautious_step', 'cautious_decay_step', 'cautious_decay', 'normuon_step', 'unit_filters',
-           'renormalized', 'go_home', 'look_ahead', 'ema_nesterov', 'outer_step', 'outer', 'rising_hold_step',
-           'rising_hold']
+           'renormalized', 'go_home', 'look_ahead', 'ema_nesterov', 'outer', 'rising_hold_step', 'rising_hold']
 
 # %% ../../nbs/lab/08_arms.ipynb #fbb69733
 import torch
 from functools import partial
 from ..all import *
 from ..lookahead import *
+from ..diloco import *
 from ..radam import *
 
 # %% ../../nbs/lab/08_arms.ipynb #a20d9bcc
@@ -101,17 +101,6 @@ def ema_nesterov(params, lr=1e-2):
     return MultiTensorOptimizer(params, [go_home, muon_radam_step, look_ahead], lr=lr, mom=.95, sqr_mom=.99, eps=1e-6, wd=.01)
 
 # %% ../../nbs/lab/08_arms.ipynb #81008e7d
-@stepper(state=dict(outer_avg=torch.zeros_like), hypers=dict(**lookahead_step.hypers, outer_mom=hyper(.5, 0, 1)))
-def outer_step(p, grad, slow, slow_step, outer_avg, k, alpha, outer_mom, **kwargs):
-    "`lookahead_step` with Nesterov momentum"
-    if slow_step%k: return
-    s = torch._foreach_sub(slow, p)
-    torch._foreach_mul_(outer_avg, outer_mom)
-    torch._foreach_add_(outer_avg, s)
-    torch._foreach_add_(s, outer_avg, alpha=outer_mom)
-    torch._foreach_add_(slow, s, alpha=-alpha)
-    torch._foreach_copy_(p, slow)
-
 def outer(params, lr=1e-2, k=20, alpha=.8, outer_mom=.5):
     "`muon` with an outer step"
     cbs = [slow_weights, muon_radam_step, outer_step]
