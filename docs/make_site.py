@@ -2,18 +2,21 @@
 import inspect,re,shutil,sys
 from collections import Counter
 from dataclasses import is_dataclass
+from functools import cache
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote,urlsplit
 
 import yaml
-from fastcore.docments import DocmentTbl
+from fastcore.docments import DocmentTbl,docments
 from fastcore.nbio import mk_cell,read_nb,write_nb
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults,_default_exp,add_links,clean_show_doc,exec_show_docs,insert_warning,rm_export
 from sphinx.cmd.build import build_main
+
+from fastai_ranger.stepper import Stepper,stepper,unless
 
 docs = Path(__file__).parent
 root,nbs,pkg = docs.parent,docs.parent/'nbs','fastai_ranger'
@@ -42,8 +45,8 @@ def shown(v):
 
 def signature(o):
     "The parameters of `o`, each with its default as one would write it"
-    try: params = inspect.signature(o).parameters.values()
-    except ValueError: return '' # an exception of ours
+    if isinstance(o, type) and not {'__init__', '__new__'} & vars(o).keys(): return '' # as its base
+    params = inspect.signature(o).parameters.values()
     res,star = [],False
     for p in params:
         if p.name=='self': continue
@@ -53,17 +56,52 @@ def signature(o):
         res.append({p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '') + p.name + default)
     return f"({', '.join(res)})"
 
+empty = inspect.Parameter.empty
+
+@cache
+def shared():
+    "What each name means that steppers share, and its range: from the table in `00_stepper`"
+    text = next(c.source for c in read_nb(nbs/'00_stepper.ipynb').cells if c.source.startswith('## The names that steppers share'))
+    return {k: (what[0].upper()+what[1:], at) for k,what,at in re.findall(r'^\| `(\w+)` \| (.*?) \| (.*?) ?\|$', text, re.M)}
+
+def start(v):
+    "How a state starts, in words"
+    if isinstance(v, unless): return f'{start(v.start)} unless `{v.flag}`'
+    return 'when a stepper returns it' if v is None else f'as `{getattr(v, "__name__", v)}`'
+
+def declared(o):
+    "The table of the stepper `o`: its arguments, and what it declares"
+    params,own = inspect.signature(o).parameters,docments(o, args_kwargs=True)
+    names = dict.fromkeys([*params, *(k for k in [*o.hypers, *o.state] if k in shared())])
+    if not own.get('kwargs'): names.pop('kwargs', None)
+    res = ['| | **Kind** | **Default** | **Range or start** | **Details** |', '| --- | --- | --- | --- | --- |']
+    for k in names:
+        what,at = shared().get(k, ('', ''))
+        default = params[k].default if k in params else empty
+        kind = '' if default is empty else 'option'
+        if h := o.hypers.get(k): kind,at,default = 'hyper',str(h).removeprefix('a number in '),default if h.default is None else h.default
+        if k in o.state: kind,at,default = 'anchored '*(k in o.anchored)+'state',f'starts {start(o.state[k])}',empty
+        res.append(f'| {k} | {kind} | {"" if default is empty else f"`{shown(default)}`"} | {at} | {own.get(k) or what} |')
+    said = ', '.join(f'`{k}={getattr(o, k)!r}`' for k in ('scope', 'dense', 'shards'))
+    return '\n'.join([*res, '', f'Declared with {said}.' + (f' Returns {own["return"]}.' if own['return'] else '')])
+
 def table(o):
     "The table of parameters of `o`"
+    if isinstance(o, Stepper): return declared(o)
     o = inspect.unwrap(o)
     to = getattr(o, '__delwrap__', None)
     if to and to.__name__=='__init__': # of a dataclass, the class has the comments
         cls = find(to.__qualname__[:-len('.__init__')], inspect.getmodule(o))
         if is_dataclass(cls): o.__delwrap__ = cls
     tbl = DocmentTbl(o)
-    for d in tbl.dm.values():
-        if d.default is not inspect.Parameter.empty: d.default = shown(d.default)
-        if d.anno is type(None): d.anno = inspect.Parameter.empty
+    own = docments(o, args_kwargs=True)
+    if o is Stepper: known = docments(stepper)
+    else: known = {k: what for k,(what,_) in shared().items()} if {'grad', 'sqr_avg'} & tbl.dm.keys() else {}
+    for k,d in tbl.dm.items():
+        d.docment = own.get(k) or known.get(k) or empty
+        if d.default is not empty: d.default = shown(d.default)
+        if d.anno is type(None): d.anno = empty
+    tbl.params = tbl.params.filter(lambda k: k not in ('args', 'kwargs') or tbl.dm[k].docment is not empty)
     return str(tbl)
 
 def api(name, mod, link):

@@ -599,6 +599,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fastai_ranger/stepper.py'),
                                        'fastai_ranger.stepper.Stepper.__reduce__': ( 'stepper.html#stepper.__reduce__',
                                                                                      'fastai_ranger/stepper.py'),
+                                       'fastai_ranger.stepper.Stepper.__repr__': ( 'stepper.html#stepper.__repr__',
+                                                                                   'fastai_ranger/stepper.py'),
                                        'fastai_ranger.stepper.Stepper.run': ('stepper.html#stepper.run', 'fastai_ranger/stepper.py'),
                                        'fastai_ranger.stepper._call_dense': ('stepper.html#_call_dense', 'fastai_ranger/stepper.py'),
                                        'fastai_ranger.stepper.as_stepper': ('stepper.html#as_stepper', 'fastai_ranger/stepper.py'),

@@ -38,8 +38,13 @@ def check_grad(
 
 
 # %% ../nbs/02_checkpoint.ipynb #69f18dda
-def check_value(name, where, v, like):
-    "`ValueError` unless `v`, the state `name` of parameter `where`, is as `like`: a floating-point tensor of its shape, a whole number, or a flag"
+def check_value(
+    name, # Of the state, for the message
+    where, # The name of the parameter, for the message
+    v, # The value
+    like # What it must be like: a tensor, a whole number, or a flag
+):
+    "`ValueError` unless `v` is as `like`: a floating-point tensor of its shape, a whole number, or a flag"
     if isinstance(like, bool):
         if not isinstance(v, bool): raise ValueError(f"`{name}` of {where} must be True or False, the checkpoint has {v!r}")
         return

@@ -36,7 +36,8 @@ def kahan_radam_step(p, grad, lr, wd=0., do_wd=True,
 
 # %% ../nbs/08_kahan.ipynb #282b05ed
 @stepper(state=dict(slow_comp=_start_comp), hypers=lookahead_step.hypers, anchored=('slow_comp',))
-def kahan_lookahead_step(p, grad, slow, slow_step, k, alpha, comp=None,
+def kahan_lookahead_step(p, grad, slow, slow_step, k, alpha,
+    comp=None, # What `p` lack
     slow_comp=None, # What `slow` lack
     fast=None, # Fast weights, if `p` holds the slow ones for the moment
     **kwargs

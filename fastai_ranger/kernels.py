@@ -67,14 +67,20 @@ def fused_adam(p, grad, grad_avg, sqr_avg, max_avg=(), *, step, lr, mom, sqr_mom
            amsgrad=bool(max_avg), maximize=False)
 
 # %% ../nbs/01_kernels.ipynb #d5d7b02a
-def found_inf(ts)->Tensor: # 1., or 0.
-    "Has one of `ts`, tensors of one device, a number that is not finite?"
+def found_inf(
+    ts # Tensors of one device
+)->Tensor: # 1., or 0.
+    "Has one of `ts` a number that is not finite?"
     found,one = (o(1, device=ts[0].device, dtype=torch.float32) for o in (torch.zeros, torch.ones))
     torch._amp_foreach_non_finite_check_and_unscale_(ts, found, one)
     return found
 
 # %% ../nbs/01_kernels.ipynb #8f9e2a43
-def follow(p, slow, alpha):
+def follow(
+    p, # Tensors of one device
+    slow, # Those that follow
+    alpha # How far, in [0, 1]
+):
     "Move `slow` `alpha` of the way to `p` in one kernel, or not at all if a number of `p` is not finite; nothing waits for the device"
     torch._fused_sgd_(slow, p, [], lr=-alpha, weight_decay=-1., momentum=0., dampening=0., nesterov=False, maximize=False, is_first_step=False,
                       found_inf=found_inf(p))

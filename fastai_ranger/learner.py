@@ -68,7 +68,16 @@ def __setstate__(self:Learner, state):
 fit_flat_cos_of_fastai = Learner.fit_flat_cos
 
 @patch
-def fit_flat_cos(self:Learner, n_epoch, lr=None, div_final=1e5, pct_start=0.75, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+def fit_flat_cos(self:Learner,
+    n_epoch:int, # Number of epochs, those that are skipped included
+    lr=None, # Learning rate until the cosine begins; `None` for that of the `Learner`
+    div_final:float=1e5, # How many times smaller it is at the end
+    pct_start:float=.75, # Where the cosine begins, in (0, 1)
+    wd=None, # Weight decay; `None` for that of the `Learner`
+    cbs=None, # Callbacks
+    reset_opt=False, # Make a new optimizer?
+    start_epoch:int=0 # Epochs to skip: those of the run that is resumed
+):
     "fastai's `fit_flat_cos`, with a `start_epoch` that counts"
     if start_epoch: cbs = L(cbs) + SkipToEpoch(start_epoch)
     fit_flat_cos_of_fastai(self, n_epoch, lr, div_final, pct_start, wd, cbs, reset_opt)

@@ -68,7 +68,9 @@ def max_sqr_avg(p, grad, sqr_avg, max_avg, **kwargs):
 
 # %% ../nbs/11_ranger_2021.ipynb #25fed102
 @stepper(hypers=dict(eps=hyper(1e-8, 0), beta=hyper(0., 0), pnm=hyper(1., 0)))
-def pnm_step(p, grad, lr, mom, sqr_mom, eps, beta, step, sqr_avg, odd_avg, even_avg,
+def pnm_step(p, grad, lr, mom, sqr_mom, eps, beta, step, sqr_avg,
+    odd_avg, # As for `average_pnm`
+    even_avg, # As for `average_pnm`
     pnm, # How much of the other average is subtracted (beta0), in [0, inf)
     max_avg=None, rectified=False, **kwargs
 ):

@@ -33,7 +33,10 @@ class hyper:
         if self.among: return f"one of {', '.join(map(repr, self.among))}"
         return f"a {'whole ' if self.whole else ''}number in [{self.lo}, {self.hi}{')]'[self.closed]}"
 
-    def check(self, name, v):
+    def check(self,
+        name, # For the message
+        v # A value
+    ):
         "`ValueError` unless `v` is allowed for `name`"
         in_range = isinstance(v, Real) and (self.lo <= v < self.hi or self.closed and v==self.hi) and not (self.whole and v%1)
         if not (v in self.among if self.among else in_range): raise ValueError(f"`{name}` must be {self}, got {v!r}")
@@ -60,13 +63,21 @@ class unless:
         start # A function of a parameter, or a number
     ): self.flag,self.start = flag,start
 
-def start_value(start, p, state):
-    "What a state of `p`, which has the `state` so far, starts with, for `start` as declared; `None` for nothing"
+def start_value(
+    start, # As declared: a function of a parameter, a number, an `unless`, or `None`
+    p, # A parameter
+    state # Its state so far
+):
+    "What a state of `p` starts with; `None` for nothing"
     if isinstance(start, unless): start = None if state.get(start.flag) else start.start
     return start(p.detach()) if callable(start) else start
 
-def start_state(starts, p, has={}):
-    "With what the states that `p` lacks start: those declared in `starts`, but for those it `has`"
+def start_state(
+    starts, # For each name, how it starts
+    p, # A parameter
+    has={} # The state it has
+)->dict: # That it lacks
+    "With what the states that `p` lacks start"
     new = {}
     for k,o in starts.items():
         if k not in has and (v := start_value(o, p, {**has, **new})) is not None: new[k] = v
@@ -98,14 +109,20 @@ def local(
     "Of each of `ts` the part that this process holds: a shard of what is sharded, else the tensor itself"
     return ts if {*map(type, ts)} <= {Tensor, Parameter} else [o.to_local() if hasattr(o, 'to_local') else o for o in ts]
 
-def shard_like(t, p):
-    "`t`, a part of this process, as a `DTensor` sharded as `p` is; `t` itself if `p` is not sharded"
+def shard_like(
+    t, # A part of this process
+    p # A parameter, sharded or not
+):
+    "`t` as a `DTensor` sharded as `p` is; `t` itself if `p` is not sharded"
     return type(p).from_local(t, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()) if hasattr(p, 'to_local') else t
 
 # %% ../nbs/00_stepper.ipynb #72ce4bdb
 class Stepper:
     "A function that updates a list of tensors, with what it declares of its state and hypers"
-    def __init__(self, f, state, hypers, anchored, scope, dense, shards):
+    def __init__(self,
+        f, # A function of `p`, `grad`, what it needs, and `**kwargs`
+        state, hypers, anchored, scope, dense, shards
+    ):
         update_wrapper(self, f)
         if isinstance(anchored, str): anchored = [anchored]
         args = signature(f).parameters
@@ -137,6 +154,10 @@ class Stepper:
         if 'grad' in res: p.grad = res.pop('grad')
         return {**new, **res}
 
+    def __repr__(self):
+        said = {'hypers': [k if o.default is None else f'{k}={o.default}' for k,o in self.hypers.items()], 'state': self.state, 'anchored': self.anchored}
+        return '; '.join([getattr(self, '__name__', repr(self.f)), *(f'{k} ' + ', '.join(v) for k,v in said.items() if v)])
+
     def __reduce__(self): return self.__qualname__ # pickled by its name, as functions are
 
 # %% ../nbs/00_stepper.ipynb #b41e4659
@@ -153,8 +174,10 @@ def stepper(
     return lambda f: Stepper(f, state or {}, hypers or {}, anchored, scope, dense, shards)
 
 # %% ../nbs/00_stepper.ipynb #b86b8428
-def as_stepper(cb)->tuple: # The `Stepper`, and the keywords of a `partial`
-    "`cb` as the optimizer calls it: a `Stepper`, a function of one tensor as fastai's steppers are, or a `partial` of one of these"
+def as_stepper(
+    cb # A `Stepper`, a function of one tensor as fastai's steppers are, or a `partial` of one of these
+)->tuple: # The `Stepper`, and the keywords of a `partial`
+    "`cb` as the optimizer calls it"
     f,settled = (cb.func,cb.keywords) if isinstance(cb, partial) else (cb,{})
     if isinstance(f, Stepper): return f,settled
     return Stepper(f, {}, {k: hyper(v) for k,v in getattr(f, 'defaults', {}).items()}, (), 'each', False, 'any'),settled

@@ -38,8 +38,10 @@ class TorchOptimizer(torch.optim.Optimizer):
             vs = [g[k] for g in self.param_groups]
             if vs != [h[k] for h in self.inner.hypers]: self.inner.set_hyper(k, vs)
 
-    def step(self, closure=None):
-        "Update all parameters that have a gradient; what `closure` returns, if there is one"
+    def step(self,
+        closure=None # Function that makes the gradients, and returns the loss
+    ): # What `closure` returns
+        "Update all parameters that have a gradient"
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
@@ -47,7 +49,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         self.inner.step()
         return loss
 
-    def add_param_group(self, param_group):
+    def add_param_group(self,
+        param_group:dict # `params`, and hypers of its own
+    ):
         "As for any `torch.optim.Optimizer`"
         if not hasattr(self, 'inner'): return super().add_param_group(param_group) # it is being made
         for k,v in param_group.items(): self.inner.check_hyper(k, v)
@@ -61,7 +65,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         sd = super().state_dict()
         return {**sd, 'param_groups': plain_hypers(sd['param_groups'])}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self,
+        state_dict:dict # What `state_dict` returned
+    ):
         "Take over hypers and state; `ValueError`, and nothing is changed, if they do not fit"
         ids = [o for g in state_dict['param_groups'] for o in g['params']] # numbers, or names in a checkpoint of `torch.distributed`
         hypers = [{k: g[k] for k in self.inner.hypers[0] if k in g} for g in state_dict['param_groups']]

@@ -39,7 +39,11 @@ def inside_lookahead(
     hypers = dict(lr=lr, mom=mom, wd=wd, eps=eps, k=k, alpha=alpha, sqr_mom=sqr_mom, **parts or {})
     return MultiTensorOptimizer(params, [slow_weights, *cbs, lookahead_step], **hypers)
 
-def variant(f): return named(delegates(inside_lookahead, but=['cbs', 'parts'])(f))
+def variant(
+    f # A function of `params`, `lr` and what `inside_lookahead` takes
+):
+    "Decorator: `f` shows the parameters of `inside_lookahead` as its own, and what it makes has its name"
+    return named(delegates(inside_lookahead, but=['cbs', 'parts'])(f))
 
 # %% ../nbs/10_variants.ipynb #6a574761
 def _decay_first(step, decouple_wd, first=()):
@@ -64,7 +68,10 @@ def centralize(p, grad,
 
 # %% ../nbs/10_variants.ipynb #fa7f8017
 @stepper(state=fused_radam_step.state, hypers=fused_radam_step.hypers, dense=True, shards='rows')
-def centralized_radam_step(p, grad, conv_only=False, do_gc=True, **kwargs)->dict: # What `fused_radam_step` returns
+def centralized_radam_step(p, grad,
+    conv_only=False, # As for `centralize`
+    do_gc=True, **kwargs
+)->dict: # What `fused_radam_step` returns
     "`fused_radam_step` that leaves the mean of each filter where it is"
     means = [(o, _mean(o)) for o in p if do_gc and _has_filters(o, conv_only)]
     res = fused_radam_step.f(p, grad, **kwargs)

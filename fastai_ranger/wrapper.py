@@ -124,8 +124,11 @@ class LookaheadWrapper(OptimWrapper):
     @property
     def hypers(self): return [{**a, **b} for a,b in zip(super().hypers, self.ahead.hypers)]
 
-    def set_hyper(self, k, v):
-        "Set hyper `k`, of Lookahead or of the optimizer inside, to `v`"
+    def set_hyper(self,
+        k, # Name, of Lookahead or of the optimizer inside
+        v # One value, or one for each group
+    ):
+        "Set a hyper"
         check_name(k, self.hypers[0])
         (self.ahead if k in self.ahead.hypers[0] else super()).set_hyper(k, v)
 
@@ -134,7 +137,9 @@ class LookaheadWrapper(OptimWrapper):
             if not isinstance(o, Tensor): self.ahead.check_hyper(k, o)
         super()._set_hyper(k, v)
 
-    def set_hypers(self, **kwargs):
+    def set_hypers(self,
+        **kwargs # Values by name, as for `set_hyper`
+    ):
         "Set several hypers, or none of them if one is refused"
         old = [dict(o) for o in self.hypers]
         try: super().set_hypers(**kwargs)
@@ -147,7 +152,9 @@ class LookaheadWrapper(OptimWrapper):
         super().clear_state()
         self.ahead.clear_state()
 
-    def freeze_to(self, n:int):
+    def freeze_to(self,
+        n:int # Groups to freeze, the first ones; if negative, all but the last `-n`
+    ):
         "As for any `MultiTensorOptimizer`"
         self.ahead.freeze_to(n)
         self.frozen_idx = self.ahead.frozen_idx

@@ -1,5 +1,5 @@
 "The site builds without a warning or a broken link, and a browser shows it"
-import importlib.util, json, re, shutil, subprocess, sys, time
+import importlib.util, inspect, json, re, shutil, subprocess, sys, time
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.request import urlopen
@@ -8,7 +8,12 @@ import pytest
 pytest.importorskip('sphinx')
 from websockets.sync.client import connect
 
+import fastai_ranger.all
+
 root = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location('make_site', root/'docs/make_site.py')
+make_site = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_site)
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
@@ -86,12 +91,21 @@ def test_a_name_has_its_parameters_and_source(site):
     assert 'id="fastai_ranger.muon.ranger_muon"' in text and '_modules/fastai_ranger/muon.html#ranger_muon' in text
     assert '<math' in (site/'04_radam.html').read_text()
 
+public = {k: o for k,o in vars(fastai_ranger.all).items() if getattr(o, '__module__', '').startswith('fastai_ranger')}
+
+@pytest.mark.parametrize('name', public)
+def test_each_parameter_is_explained(name):
+    o = public[name]
+    assert o.__doc__
+    rows = [[c.strip() for c in r.split('|')[1:-1]] for r in make_site.table(o).split('\n')[2:] if r.startswith('|')]
+    said = {r[0] for r in rows if r[-1]}
+    params = inspect.signature(o).parameters.values() if make_site.signature(o) else ()
+    assert not [p.name for p in params if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in said]
+    assert not [r[0] for r in rows if not r[-1] and r[0] != '**Returns**']
+
 def test_broken_links_are_seen(tmp_path):
-    spec = importlib.util.spec_from_file_location('make_site', root/'docs/make_site.py')
-    m = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(m)
     (tmp_path/'a.html').write_text('<a href="b.html"></a><a href="#x"></a><img src="https://host/x.png"><a href="https://host/"></a><p id="y"><a href="#y"></a>')
-    assert [o.split(': ')[-1] for o in m.broken(tmp_path)] == ['no such file', 'no such anchor', 'from the net']
+    assert [o.split(': ')[-1] for o in make_site.broken(tmp_path)] == ['no such file', 'no such anchor', 'from the net']
 
 def test_in_a_browser(site, browser):
     "No page has an error, a picture that is missing, or needs to be moved sideways on a telephone"
