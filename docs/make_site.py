@@ -109,8 +109,8 @@ def api(name, mod, link):
     o = find(name, mod)
     kind = 'class' if isinstance(o, type) else 'property' if isinstance(o, property) else 'method' if '.' in name else 'function'
     sig,tbl = ('','') if kind=='property' else (signature(o),table(o))
-    doc = link(inspect.getdoc(o) or '')
-    return f":::::{{py:{kind}}} {name}{sig}\n:module: {mod.__name__}\n\n{doc}\n\n{link(tbl)}\n:::::"
+    text = '\n\n'.join(link(t) for t in (inspect.getdoc(o), tbl) if t)
+    return f":::::{{py:{kind}}} {name}{sig}\n:module: {mod.__name__}\n\n{text}\n:::::"
 
 class Lookup(NbdevLookup):
     "Link names in backticks: ours to their entry in the reference, fastai's and fastcore's to their sites"
@@ -139,7 +139,7 @@ class Page:
         "Write the notebook as Sphinx shall read it"
         nb,res = self.nb,[]
         for c in nb.cells:
-            d = getattr(c, 'directives_', None) or {}
+            d,said = getattr(c, 'directives_', None) or {},dict(re.findall(r'^#\|\s*([\w-]+):\s*(\w+)', c.source, re.M))
             c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
             if c.cell_type=='raw' or c.cell_type=='code' and ({'exporti', 'hide', 'default_exp'} & d.keys() or not c.source): continue
             if c.cell_type=='markdown': c.source = look.linkify(c.source).replace('](nbs/', '](')
@@ -152,7 +152,7 @@ class Page:
             elif 'export' in d:
                 if not re.search(r'^(def|class) ', c.source, re.M): continue
                 c.metadata = dict(tags=['hide-input'])
-            else: c.metadata = dict(tags=[t for (k,v),t in tags.items() if str(d.get(k)).lower()==v])
+            else: c.metadata = dict(tags=[t for (k,v),t in tags.items() if said.get(k)==v])
             res.append(c)
         about = f'\n{{.lead}}\n{look.linkify(self.about)}\n' if self.about else ''
         nb.cells = [mk_cell(f'# {self.title}\n{about}', 'markdown'), *res]

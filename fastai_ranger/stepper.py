@@ -84,8 +84,10 @@ def start_state(
     return new
 
 # %% ../nbs/00_stepper.ipynb #2a4cf470
-def strides(ts):
-    "How the tensors `ts` lie in memory: the strides of each; `None` if one has none, as a sparse tensor"
+def strides(
+    ts # Tensors
+)->list: # The strides of each; `None` if one has none, as a sparse tensor
+    "How tensors lie in memory"
     try: return [o.stride() for o in ts]
     except RuntimeError: return None
 
@@ -139,8 +141,12 @@ class Stepper:
 
     defaults = property(lambda self: {k: o.default for k,o in self.hypers.items() if o.default is not None}) # where fastai's `Optimizer` looks
 
-    def run(self, p, grad, values, same_layout=False):
-        "Update the list `p` with their gradients; `same_layout` says that these and all state are known to have the strides of `p`"
+    def run(self,
+        p, grad,
+        values, # Hypers and state by name
+        same_layout=False # Are gradients and all state known to have the strides of `p`?
+    ):
+        "Update the list `p`"
         if self.dense and not same_layout: return _call_dense(self.f, p, grad, values, self.state)
         return self.f(p, grad, **values)
 
