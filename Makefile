@@ -9,7 +9,7 @@ bin = .venv/bin
 	@touch $@
 
 demo: .venv/installed
-	@$(bin)/ranger-compare digits --epochs 10 --out demo
+	@$(bin)/ranger-compare digits --opts ranger_muon,ranger,adam,sgd --epochs 10 --out demo
 
 # one thread each, as the processes run side by side
 test: export OMP_NUM_THREADS = 1
