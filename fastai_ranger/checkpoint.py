@@ -75,6 +75,10 @@ def _fit_or_raise(opt, sd):
     together = [{k for k,o in f.state.items() if o is not None and (k in f.anchored)==anchored} for f,_ in opt.calls for anchored in (True, False)]
     states,needed,found = [],set(),set()
     for (where,p),new in zip(named, sd['state']):
+        kept = {k: v for k,v in opt.state[p].items() if k in opt._keep_on_clear}
+        if not new: # never trained, and of a kind, perhaps, that cannot be
+            states.append(kept)
+            continue
         starts = start_state(opt.starts, p)
         flags = {k: v for k,v in {**opt.state[p], **new}.items() if isinstance(v, bool)}
         kept_here = {k for k,v in start_state(opt.starts, p, flags).items() if not isinstance(v, bool)}
@@ -86,7 +90,6 @@ def _fit_or_raise(opt, sd):
         def take(k, v):
             if not isinstance(v, Tensor): return deepcopy(v)
             return v.detach().to(p.device, likes[k].dtype if k in likes else v.dtype, copy=True)
-        kept = {k: v for k,v in opt.state[p].items() if k in opt._keep_on_clear}
         states.append({**kept, **{k: take(k, v) for k,v in new.items() if k not in drop}})
         if set(new) - set(opt._keep_on_clear): needed |= kept_here # this one was trained
         found |= set(new)-drop

@@ -77,7 +77,7 @@ def muon_step(p, grad, lr, mom, grad_avg, wd=0., do_wd=True,
         torch._foreach_add_(ws, [u.view_as(w) for u,w in zip(us, ws)], alpha=-lr*.2*math.sqrt(max(shape)))
 
 # %% ../nbs/12_muon.ipynb #689a92a6
-def _is_matrix(p): return p.ndim > 1 and len(p) > 1 and p.numel() > len(p) and (p.ndim==2 or p.shape[1] > 1)
+def _is_matrix(p): return p.ndim > 1 and not p.is_nested and len(p) > 1 and p.numel() > len(p) and (p.ndim==2 or p.shape[1] > 1)
 
 @stepper(state=dict(do_muon=_is_matrix, step=0, grad_avg=torch.zeros_like, sqr_avg=unless('do_muon', torch.zeros_like)),
          hypers={**fused_radam_step.hypers, **muon_step.hypers}, dense=True, shards='none')
