@@ -185,6 +185,7 @@ class MultiTensorOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         "Update every parameter that has a gradient"
+        if torch.compiler.is_compiling(): return torch.compiler.disable(self.step)(closure) # kept lists of tensors cannot be part of a graph
         if closure is not None: raise NotImplementedError("fastai optimizers do not take a closure")
         buckets,changed = self.buckets(),{} # raises if a gradient cannot be stepped
         for scope,calls in self.phases:

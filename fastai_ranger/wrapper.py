@@ -68,6 +68,7 @@ class _Ahead(MultiTensorOptimizer):
         inner = self.opt.step
         @wraps(inner)
         def step(opt, *args, **kwargs):
+            if torch.compiler.is_compiling(): return torch.compiler.disable(opt.step)(*args, **kwargs)
             if args and callable(args[0]): args = _before_return(args[0], self.begin),*args[1:]
             elif kwargs.get('closure'): kwargs['closure'] = _before_return(kwargs['closure'], self.begin)
             else: self.begin()

@@ -276,3 +276,32 @@ def test_a_parameter_given_twice():
 
 def test_closure():
     with pytest.raises(NotImplementedError, match='closure'): ranger([param(1.)], lr=.1).step(lambda: 0)
+
+def inference(t):
+    with torch.inference_mode(): return t.clone()
+
+@pytest.mark.parametrize('opt_func', (ranger, ranger_muon, as_torch(ranger), lookahead(torch.optim.SGD)))
+@pytest.mark.parametrize('kind', (torch.Tensor.to_mkldnn, torch.Tensor.to_sparse, inference, lambda t: torch.nested.nested_tensor([t, t[:1]])))
+def test_frozen_of_a_kind_that_cannot_be_stepped(opt_func, kind):
+    "does not stop the others"
+    w,q = torch.nn.Parameter(torch.randn(4, 4)),torch.nn.Parameter(kind(torch.randn(3, 4)), requires_grad=False)
+    opt = opt_func([dict(params=[q]), dict(params=[w])] if isinstance(opt_func, partial) and opt_func.func is TorchOptimizer else [[q], [w]], lr=.1)
+    if hasattr(opt, 'freeze_to'): opt.freeze_to(1)
+    for _ in range(7):
+        w.grad = torch.ones_like(w)
+        before = w.tolist()
+        opt.step()
+        assert w.tolist() != before
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    repr(opt)
+
+@pytest.mark.parametrize('opt_func', (ranger, ranger_muon, as_torch(ranger), lookahead(torch.optim.SGD)))
+def test_compiled(opt_func):
+    "It runs as it is, in no graph"
+    both = [[torch.nn.Parameter(torch.linspace(0, 1, 12).view(3, 4))] for _ in range(2)]
+    opts = [opt_func(ps, lr=.1) for ps in both]
+    for _ in range(7):
+        for (p,),step in zip(both, (opts[0].step, torch.compile(opts[1].step, backend='aot_eager'))):
+            p.grad = torch.linspace(1, 2, 12).view(3, 4)
+            step()
+    assert torch.equal(both[0][0], both[1][0])
