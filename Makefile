@@ -1,7 +1,7 @@
 # make demo · make test · make docs: each makes .venv and installs what it needs, once
 PYTHON ?= python3
 bin = .venv/bin
-.PHONY: demo test fuzz docs readme
+.PHONY: demo test test-oldest fuzz docs readme
 
 .venv/installed: setup.cfg
 	test -x $(bin)/python || $(PYTHON) -m venv .venv
@@ -16,6 +16,15 @@ test: export OMP_NUM_THREADS = 1
 test: .venv/installed
 	$(bin)/nbdev-test
 	$(bin)/pytest -n auto --dist worksteal
+
+# the lower bounds of setup.cfg, and what fits them; without other packages' optimizers, notebooks and site
+oldest = $(shell sed -n '/^install_requires/,/^$$/s/>=/==/p' setup.cfg) 'plum-dispatch<2.6'
+left_out = applications docs low_precision repo schedule variants
+test-oldest: export OMP_NUM_THREADS = 1
+test-oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q --disable-pip-version-check -e . $(oldest) accelerate hypothesis pytest pytest-xdist
+	.venv-oldest/bin/pytest -n auto --dist worksteal $(left_out:%=--ignore tests/test_%.py)
 
 fuzz: .venv/installed
 	FUZZ=20000 OMP_NUM_THREADS=1 $(bin)/pytest tests/test_fuzz.py

@@ -363,6 +363,7 @@ def spoil(p, kind):
 
 def refuses_a_bad_gradient(info, kind, n):
     "after `n` updates, before any weight has moved"
+    if kind != 'sparse' and not hasattr(torch.Tensor, 'grad_dtype'): pytest.skip('this PyTorch refuses it itself')
     gs = model()
     opt,bad = make(info, gs),gs[1][1]
     go(opt, gs, n)

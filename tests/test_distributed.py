@@ -11,11 +11,15 @@ def ranks(n, folder, *cases, script='sharded.py'):
     res = subprocess.run(list(map(str, cmd)), env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=240)
     return '' if res.returncode==0 else res.stderr
 
+fully_shard = pytest.mark.skipif(torch.__version__ < (2, 6), reason='no `torch.distributed.fsdp.fully_shard`')
+
+@fully_shard
 def test_two_and_four(tmp_path):
     "Equal to one process; refused in a sentence; a checkpoint of two processes goes on in four"
     assert not (err := ranks(2, tmp_path, 'equal', 'slow', 'refused', 'save')), err
     assert not (err := ranks(4, tmp_path, 'equal', 'load')), err
 
+@fully_shard
 def test_a_spoilt_rank_is_seen(tmp_path):
     "One number in the state of the last process, and the comparison fails"
     assert 'differs from one process' in ranks(2, tmp_path, 'spoilt')
