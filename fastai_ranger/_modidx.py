@@ -563,6 +563,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastai_ranger/plot.py'),
                                     'fastai_ranger.plot.UpdateSizes.plot': ('plot.html#updatesizes.plot', 'fastai_ranger/plot.py'),
                                     'fastai_ranger.plot._axes': ('plot.html#_axes', 'fastai_ranger/plot.py'),
+                                    'fastai_ranger.plot._watched': ('plot.html#_watched', 'fastai_ranger/plot.py'),
                                     'fastai_ranger.plot.plot_lookahead': ('plot.html#plot_lookahead', 'fastai_ranger/plot.py'),
                                     'fastai_ranger.plot.plot_rectification': ('plot.html#plot_rectification', 'fastai_ranger/plot.py')},
             'fastai_ranger.radam': { 'fastai_ranger.radam.Adam': ('radam.html#adam', 'fastai_ranger/radam.py'),

@@ -85,6 +85,7 @@ class MultiTensorOptimizer(Optimizer):
         ps = [p for o in params for p in o] if params and isinstance(params[0], (list,L)) else list(params)
         if not ps: raise ValueError("`params` is empty: there is nothing to optimize")
         if other := [p for p in ps if not isinstance(p, Tensor)]: raise ValueError(f"`params` must hold tensors or lists of them, got {type(other[0])}")
+        if not cbs: raise ValueError("`cbs` is empty: there is nothing to do in a step")
         if len(set(ps)) < len(ps): raise ValueError("`params` has a parameter more than once")
         self._declare(cbs, defaults)
         super().__init__(params, cbs, **merge(*({k: v for k,v in f.defaults.items() if k not in settled} for f,settled in self.calls), defaults))

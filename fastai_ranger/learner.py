@@ -20,6 +20,7 @@ from functools import partial
 from warnings import warn
 try: import fastai.distributed as distributed
 except NameError: distributed = None # Accelerate is not installed
+from .stepper import *
 from .engine import *
 from .variants import *
 from .ranger_2021 import *
@@ -65,7 +66,7 @@ def __setstate__(self:Learner, state):
     if getattr(self, 'model', None) is not None: _restart_on_load(self)
 
 # %% ../nbs/14_learner.ipynb #27e4f162
-fit_flat_cos_of_fastai = Learner.fit_flat_cos
+fit_flat_cos_of_fastai,_share = Learner.fit_flat_cos,hyper(lo=0, hi=1, closed=True)
 
 @patch
 def fit_flat_cos(self:Learner,
@@ -79,6 +80,7 @@ def fit_flat_cos(self:Learner,
     start_epoch:int=0 # Epochs to skip: those of the run that is resumed
 ):
     "fastai's `fit_flat_cos`, with a `start_epoch` that counts"
+    _share.check('pct_start', pct_start)
     if start_epoch: cbs = L(cbs) + SkipToEpoch(start_epoch)
     fit_flat_cos_of_fastai(self, n_epoch, lr, div_final, pct_start, wd, cbs, reset_opt)
 
@@ -119,6 +121,8 @@ def fine_tune_flat_cos(self:Learner,
     **kwargs # Others, as for `fit_flat_cos`
 ):
     "fastai's `fine_tune`, with flat-and-cosine in place of one-cycle"
+    for name,v,o in (('base_lr', base_lr, common['lr']), ('pct_start', pct_start, _share)): o.check(name, v)
+    if not lr_mult > 0: raise ValueError(f"`lr_mult` must be above 0, got {lr_mult}")
     self.freeze()
     self.fit_flat_cos(freeze_epochs, slice(base_lr), pct_start=.99, **kwargs)
     self.unfreeze()

@@ -47,6 +47,7 @@ def orthogonalize(
     n:int=5 # Iterations, from 1 on
 ): # Matrices of the shape and dtype of `g`
     "The nearest matrices with singular values of about 1, by Newton-Schulz iterations"
+    if g.ndim != 3 or not isinstance(n, int) or n < 1: raise ValueError(f"`g` must have three dimensions and `n` be a whole number from 1 on, got shape {tuple(g.shape)} and {n}")
     tall,x = g.shape[1] > g.shape[2],g if g.dtype is torch.float64 else g.float()
     if tall: x = x.mT
     tiny = torch.finfo(x.dtype).tiny
@@ -95,6 +96,7 @@ def spare_ends(
     model:nn.Module # Its embeddings are spared, and its last linear layer or convolution
 ):
     "Let Muon leave the ends of `model` to RAdam"
+    if 'do_muon' not in getattr(opt, 'starts', ()): raise ValueError(f"`opt` must be an optimizer that has Muon, got {opt}")
     def layers(*kinds): return [m for m in model.modules() if isinstance(m, kinds)]
     ends = layers(nn.Embedding, nn.EmbeddingBag) + layers(nn.Linear, nn.modules.conv._ConvNd)[-1:]
     for p in {p for pg in opt.param_lists for p in pg} & {p for m in ends for p in m.parameters()}: opt.state[p]['do_muon'] = False

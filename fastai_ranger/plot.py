@@ -17,6 +17,11 @@ from .wrapper import lookahead
 # %% ../nbs/16_plot.ipynb #9861e394
 _light,_dark = '#f4a582','#b2182b'
 
+def _watched(cb):
+    "What the callback `cb` has seen"
+    if not getattr(cb, 'rows', None): raise ValueError(f"`{type(cb).__name__}` has seen no update: `fit` with it before `plot`")
+    return cb.rows
+
 def _axes(ax, title, xlabel, ylabel, **kwargs):
     if ax is None: _,ax = plt.subplots(figsize=(7, 3.5), layout='constrained')
     ax.set(xlabel=xlabel, ylabel=ylabel, **kwargs)
@@ -31,6 +36,7 @@ def plot_rectification(
     ax=None # Where to draw
 ): # The axes
     "RAdam's rectification factor, update by update (`rectify`)"
+    hyper(lo=7, whole=True).check('n', n)
     ax = _axes(ax, "RAdam's rectification factor", 'update', 'share of the rate', xscale='log', xlim=(1, n), ylim=(0, 1.02))
     steps = range(1, n+1)
     for i,sqr_mom in enumerate(sqr_moms):
@@ -50,6 +56,7 @@ def plot_lookahead(
     ax=None # Where to draw
 ): # The axes
     "The paths of `opt_func` and of `lookahead(opt_func)` through a narrow valley, with the slow steps marked"
+    hyper(lo=1, whole=True).check('n', n)
     scale,paths = torch.tensor([.3, 12.]),[]
     for make in (opt_func, lookahead(opt_func, k=k, alpha=alpha)):
         p = torch.nn.Parameter(torch.tensor([-4., 1.]))
@@ -101,7 +108,7 @@ class FastAndSlow(Callback):
         ax=None # Where to draw
     ): # The axes
         "Both losses over training"
-        at,fast,slow = zip(*self.rows)
+        at,fast,slow = zip(*_watched(self))
         ax = _axes(ax, 'Validation loss, one batch', 'update', 'loss', yscale='log')
         ax.plot(at, fast, '.-', ms=3, lw=1, color=_light, label='fast weights')
         ax.plot(at, slow, lw=2, color=_dark, label='slow weights')
@@ -126,6 +133,6 @@ class UpdateSizes(Callback):
     ): # The axes
         "Length of the updates over training, a line for each parameter group"
         ax = _axes(ax, 'Length of an update in lengths of the weights', 'update', 'update / weights', yscale='log')
-        for i,sizes in enumerate(zip(*self.rows)): ax.plot(range(1, len(sizes)+1), [o or float('nan') for o in sizes], lw=1, label=f'group {i}')
+        for i,sizes in enumerate(zip(*_watched(self))): ax.plot(range(1, len(sizes)+1), [o or float('nan') for o in sizes], lw=1, label=f'group {i}')
         ax.legend(frameon=False)
         return ax

@@ -19,6 +19,7 @@ def rectify(
     sqr_mom # Weight of the old average of squared gradients (beta2), in [0, 1)
 )->float: # `r_t`, in (0, 1), or 0 while the variance cannot be rectified
     "RAdam's rectification factor"
+    if not (step >= 1 and 0 <= sqr_mom < 1): raise ValueError(f"`step` must be at least 1 and `sqr_mom` in [0, 1), got {step} and {sqr_mom}")
     rho_inf = 2/(1-sqr_mom) - 1
     rho = rho_inf - 2*step*sqr_mom**step/(1-sqr_mom**step)
     return math.sqrt((rho-4)*(rho-2)*rho_inf / ((rho_inf-4)*(rho_inf-2)*rho)) if rho > 5 else 0.

@@ -27,7 +27,9 @@ class hyper:
         whole=False, # Whole numbers only?
         among=None, # The values allowed, instead of a range
         warn=None # `warn(name, value)` is called with each value that is allowed
-    ): self.default,self.lo,self.hi,self.closed,self.whole,self.among,self.warn = default,lo,hi,closed,whole,among,warn
+    ):
+        if not lo < hi: raise ValueError(f"`lo` must be below `hi`, got {lo} and {hi}")
+        self.default,self.lo,self.hi,self.closed,self.whole,self.among,self.warn = default,lo,hi,closed,whole,among,warn
 
     def __str__(self):
         if self.among: return f"one of {', '.join(map(repr, self.among))}"
@@ -134,8 +136,9 @@ class Stepper:
         hyper(among=('alike', 'all', 'each')).check('scope', scope)
         hyper(among=('any', 'rows', 'none')).check('shards', shards)
         if dense and scope != 'alike': raise ValueError(f"`dense` is for the scope 'alike', {f.__name__} has '{scope}'")
-        unknown = ', '.join(sorted(set(anchored)-set(state)))
-        if unknown: raise ValueError(f"`anchored` must be names in `state`, {f.__name__} has {unknown}")
+        if bad := [k for k,o in hypers.items() if not isinstance(o, hyper)]: raise TypeError(f"`hypers` must map names to a `hyper` each, {f.__name__} has {bad[0]}={hypers[bad[0]]!r}")
+        for what,names in ('anchored', anchored), ('unless', [o.flag for o in state.values() if isinstance(o, unless)]):
+            if unknown := ', '.join(sorted(set(names)-set(state))): raise ValueError(f"`{what}` must be names in `state`, {f.__name__} has {unknown}")
         self.f,self.state,self.hypers,self.anchored,self.scope,self.dense = f,state,hypers,anchored,scope,dense
         self.shards = 'none' if scope=='all' else shards
 
@@ -186,6 +189,7 @@ def as_stepper(
     "`cb` as the optimizer calls it"
     f,settled = (cb.func,cb.keywords) if isinstance(cb, partial) else (cb,{})
     if isinstance(f, Stepper): return f,settled
+    if not callable(f): raise TypeError(f"a stepper must be a function, got {f!r}")
     return Stepper(f, {}, {k: hyper(v) for k,v in getattr(f, 'defaults', {}).items()}, (), 'each', False, 'any'),settled
 
 # %% ../nbs/00_stepper.ipynb #3b3d25e5

@@ -24,7 +24,7 @@ class TorchOptimizer(torch.optim.Optimizer):
     ):
         super().__init__(params, dict(lr=lr, **hypers))
         if any(g['lr'] is None for g in self.param_groups): raise TypeError("an optimizer needs a learning rate: give lr=..., or one for each parameter group")
-        self.inner = opt_func([g['params'] for g in self.param_groups], lr=[g['lr'] for g in self.param_groups], **hypers)
+        self.inner = opt_func([g['params'] for g in self.param_groups], lr=self.param_groups[0]['lr'], **hypers)
         if not isinstance(self.inner, MultiTensorOptimizer):
             raise ValueError(f"`as_torch` is for optimizers of fastai_ranger, got one that makes a {type(self.inner).__name__}")
         self.state = self.inner.state
@@ -69,6 +69,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         state_dict:dict # What `state_dict` returned
     ):
         "Take over hypers and state; `ValueError`, and nothing is changed, if they do not fit"
+        if not isinstance(state_dict, dict) or not {'state', 'param_groups'} <= set(state_dict):
+            has = f"has {sorted(map(str, state_dict))}" if isinstance(state_dict, dict) else f"is a {type(state_dict).__name__}"
+            raise ValueError(f"a PyTorch optimizer's checkpoint has `state` and `param_groups`, this one {has}")
         ids = [o for g in state_dict['param_groups'] for o in g['params']] # numbers, or names in a checkpoint of `torch.distributed`
         hypers = [{k: g[k] for k in self.inner.hypers[0] if k in g} for g in state_dict['param_groups']]
         sd = dict(state=[state_dict['state'].get(i, {}) for i in ids], hypers=hypers)
@@ -88,4 +91,5 @@ def as_torch(
     opt_func # `ranger` or any other of this package
 ): # A function of `params`, `lr` and hypers that makes a `torch.optim.Optimizer`
     "The optimizer that `opt_func` makes, as one of PyTorch's"
+    if not callable(opt_func): raise TypeError(f"`opt_func` must be a function that makes an optimizer, got {opt_func!r}")
     return partial(TorchOptimizer, opt_func=opt_func)

@@ -116,6 +116,7 @@ class LookaheadWrapper(OptimWrapper):
         ends=(lookahead_step,), # Steppers that synchronise
         **hypers # Of `ends`: `k` and `alpha`
     ):
+        if not isinstance(opt, OptimWrapper): raise TypeError(f"`opt` must be an `OptimWrapper`, got a {type(opt).__name__}: `lookahead` takes others")
         self.ahead = _Ahead(opt.opt, ends, **hypers)
         self.state.update(opt.state)
         self.__dict__.update({o:v for o,v in opt.__dict__.items() if o != 'state'})

@@ -28,14 +28,6 @@ def test_command(tmp_path):
     assert (rows.cycle.dropna() > 0).all() and (rows.of_limit.dropna() > 0).all() and rows.x_stock['1M', 'stock'] == 1
     assert min(Image.open(tmp_path/'a'/'b'/'bench.png').size) > 300
 
-@pytest.mark.parametrize('kwargs,message', [
-    (dict(lists='resnet51'), 'lists must be one of xresnet18, '), (dict(opts='ranger,rangr'), 'opts must be one of ranger, stock, '),
-    (dict(device='tpu'), 'device must be one of cpu, cuda, got tpu'), (dict(dtype='int8'), 'dtype must be one of float32, '),
-    (dict(rounds=0), 'rounds must be at least 1, got 0'), (dict(epoch=True, opts='rangr'), 'opts must be one of ranger, stock, radam')])
-def test_wrong_arguments(kwargs, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as e: ranger_bench(out=str(tmp_path/'out'), **kwargs)
-    assert e.value.code==2 and f'ranger-bench: {message}' in capsys.readouterr().err and not (tmp_path/'out').exists()
-
 def test_nothing_to_time(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(bench_opts, 'timm', OptInfo('timm', lambda params, lr: 1/0))
     with pytest.raises(SystemExit) as e: ranger_bench(lists='small', opts='timm', out=str(tmp_path))

@@ -46,7 +46,3 @@ def test_resumes_and_takes_callbacks():
     whole = fitted(learner(), 3, 1e-3)
     fitted(learner(), 3, 1e-3, cbs=See(), start_epoch=2)
     assert np.allclose(seen, whole[-10:], rtol=1e-12)
-
-@pytest.mark.parametrize('kwargs,message', [(dict(pct_start=0), '`pct_start` must be in'), (dict(warmup=-1), '`warmup` must be in'), (dict(warmup=11), r'`warmup` must be in \[0, 10\]')])
-def test_bad_arguments(kwargs, message):
-    with pytest.raises(ValueError, match=message): learner().fit_ranger21(1, **kwargs)
