@@ -7,6 +7,7 @@ import fastai.vision.all
 import pytest
 import torch
 import torch.distributed.checkpoint.state_dict, torch.distributed.fsdp
+from accelerate import Accelerator
 
 import fastai_ranger.all
 from fastai_ranger.lab.bench import epoch_opts,ranger_bench
@@ -19,7 +20,7 @@ public = {k: o for k,o in vars(fastai_ranger.all).items() if getattr(o, '__modul
 
 def words(text): return {*re.findall(r'\w+', text)}
 spaces = (builtins, fastai.vision.all, fastai.vision.all.Learner, torch, torch.nn, torch.nn.utils, torch.optim, torch.optim.Optimizer,
-          torch.distributed.fsdp, torch.distributed.checkpoint.state_dict)
+          torch.distributed.fsdp, torch.distributed.checkpoint.state_dict, Accelerator)
 foreign = 'RangerAdaBelief','avx512_bf16' # another package, a processor
 known = {*foreign, *optimizers, *(k for o in spaces for k in dir(o)), *(k for f in (root/'fastai_ranger').rglob('*.py') for k in words(f.read_text()))}
 
