@@ -36,7 +36,7 @@ class Bucket:
     "Parameters that are treated alike, with their states"
     def __init__(self, group, params, states):
         self.group,self.params,self.states,self.local = group,params,states,local(params)
-        self.found,n = self._objects(),len(states[0])
+        self.found,n = self._objects(),len(states[0]) # all states of the first parameter, then all of the next: every n-th is of one name
         self.values = {k: v if isinstance(v, _plain) else local(self.found[i::n]) for i,(k,v) in enumerate(states[0].items())}
         lists = [o for o in self.values.values() if isinstance(o, list) and all(isinstance(t, Tensor) for t in o)]
         dense = [torch.empty_like(p, device='meta') for p in self.local]
@@ -188,15 +188,14 @@ class MultiTensorOptimizer(Optimizer):
         "Update every parameter that has a gradient"
         if torch.compiler.is_compiling(): return torch.compiler.disable(self.step)(closure) # kept lists of tensors cannot be part of a graph
         if closure is not None: raise NotImplementedError("fastai optimizers do not take a closure")
-        buckets,changed = self.buckets(),{} # raises if a gradient cannot be stepped
-        for scope,calls in self.phases:
+        first,changed = self.buckets(),{} # raises if a gradient cannot be stepped
+        for i,(scope,calls) in enumerate(self.phases):
             if scope=='alike':
-                for b in buckets or self.buckets(): # anew, as the phase before may have changed state
+                for b in self.buckets() if i else first: # the phase before may have changed state
                     given = [changed.get(p, p.grad) for p in b.params] if changed else [p.grad for p in b.params]
                     grad = b.run(calls, self.hypers[b.group], given)
                     if grad is not given and len(self.phases) > 1: changed.update(zip(b.params, grad))
             else: (self._run_all if scope=='all' else self._run_each)(calls, changed)
-            buckets = None
 
     def _run_all(self, calls, changed):
         "Call each stepper once, with a list of each state and hyper"
@@ -244,9 +243,9 @@ class MultiTensorOptimizer(Optimizer):
             if not p.requires_grad: p.grad = None
 
     def state_dict(self):
-        "State of each parameter and hypers of each group; what `restart` has dropped is saved as its start value"
+        "State of each parameter and hypers of each group; what `restart` has dropped is saved as it would start now, beside what else there is"
         anchored = {k: self.starts[k] for k in self.anchored}
-        def whole(p, s): return {**start_state(anchored, p, s), **s} if set(s)-set(self._keep_on_clear) else s
+        def whole(p, s): return {**start_state(anchored, p, s), **s} if set(s)-set(self._keep_on_clear) else dict(s) # flags alone: never updated
         return dict(state=[whole(p, s) for p,_,s,_ in self.all_params()], hypers=plain_hypers(self.hypers))
 
     def load_state_dict(self, sd:dict):
