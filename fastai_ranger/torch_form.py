@@ -61,9 +61,10 @@ class TorchOptimizer(torch.optim.Optimizer):
         self.inner.hypers = L(*self.inner.hypers, {k: group[k] for k in self.inner.hypers[0]})
 
     def state_dict(self):
-        "As for any `torch.optim.Optimizer`"
+        "As for any `torch.optim.Optimizer`; what `restart` has dropped is saved as its start value"
         sd = super().state_dict()
-        return {**sd, 'param_groups': plain_hypers(sd['param_groups'])}
+        ids = [o for g in sd['param_groups'] for o in g['params']]
+        return {**sd, 'state': {i: s for i,s in zip(ids, self.inner.state_dict()['state']) if s}, 'param_groups': plain_hypers(sd['param_groups'])}
 
     def load_state_dict(self,
         state_dict:dict # What `state_dict` returned

@@ -1,5 +1,5 @@
 "What several tests use"
-import io, warnings
+import tempfile, warnings
 from functools import partial
 
 import fastai.optimizer as stock
@@ -68,10 +68,9 @@ def equal(a, b): return all(map(torch.equal, a, b))
 
 def through_a_file(sd):
     "Saved, and read with nothing allowed but what `torch.load` allows"
-    f = io.BytesIO()
-    torch.save(sd, f)
-    f.seek(0)
-    return torch.load(f, weights_only=True)
+    with tempfile.NamedTemporaryFile() as f:
+        torch.save(sd, f.name)
+        return torch.load(f.name, weights_only=True)
 
 # In a `Learner`
 

@@ -1,50 +1,84 @@
-"Any sequence of what may happen to an optimizer, against a slow model in float64: one tensor after another, in fastai's steppers"
-import copy, os, pickle
+"Any sequence of what may happen to an optimizer, against a slow model in float64: one tensor after another, in the steppers of fastai or an optimizer of PyTorch"
+import copy, math, os, pickle
+from functools import partial
 
 import fastai.optimizer as stock
+import pytest
 import torch
+import torch.distributed as dist
 from fastai_ranger.all import *
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from helpers import as_it_is, channels_last, flat, has_slow, holes, inner, is_whole, records, through_a_file, turned, twin_of
+from helpers import as_it_is, channels_last, flat, has_slow, holes, inner, records, through_a_file, turned, twin_of
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 long = int(os.environ.get('FUZZ') or 0) # sequences, drawn anew each time
 settings.register_profile('fuzz', max_examples=long or 200, stateful_step_count=50 if long else 30, derandomize=not long, deadline=None, suppress_health_check=list(HealthCheck))
 
-infos = {o.name: o for o in records if not is_whole(o) and not inner(o.opt_func([nn.Parameter(torch.zeros(1))], lr=o.lr)) and twin_of(o) is not o.opt_func}
+def alone(opt_func, info): return opt_func([nn.Parameter(torch.zeros(1))], lr=info.lr)
+
+infos = {o.name: o for o in records if twin_of(o) is not o.opt_func or inner(alone(o.opt_func, o))}
 shapes = [(4, 3), (4,), (2, 3, 2, 2)], [(5,), (1, 4), ()]
 
+def torch_step(p, made, torch_opt=None, **h):
+    "A step of PyTorch's optimizer, as one of fastai's steppers"
+    opt = torch_opt or made([p], foreach=False)
+    g = opt.param_groups[0]
+    g.update(lr=h['lr'], weight_decay=h['wd'], **({'betas': (h['mom'], h['sqr_mom'])} if 'betas' in g else {'momentum': h['mom']}))
+    opt.step()
+    return dict(torch_opt=opt)
+
 class Model:
-    "What an optimizer should do: for each weight a copy, a dict of state, and the slow weights"
-    def __init__(self, info, gs):
-        twin = twin_of(info)([nn.Parameter(torch.zeros(1))], lr=info.lr)
-        self.ahead = isinstance(twin, stock.Lookahead)
-        self.usual = dict(twin.hypers[0])
-        self.cbs,self.weights = (twin.opt if self.ahead else twin).cbs,[nn.Parameter(p.detach().clone()) for p in flat(gs)]
-        self.group = [i for i,g in enumerate(gs) for _ in g]
-        self.state,self.slow = [{} for _ in self.weights],[None]*len(self.weights)
-        self.count = [0]*len(self.weights)
+    "What an optimizer should do: for each weight a copy, a gradient, a dict of state, and the slow weights"
+    def __init__(self, info):
+        twin = alone(twin_of(info), info)
+        self.ahead,self.usual = hasattr(twin, 'opt'),dict(twin.hypers[0])
+        opt = twin.opt if self.ahead else twin
+        self.cbs = [partial(torch_step, made=type(opt))] if inner(twin) else list(opt.cbs)
+        self.n = getattr(opt, 'n', len(self.cbs)) # steppers before Ranger21's mean of all
+        self.hypers,self.group,self.weights,self.grads,self.state,self.slow,self.count,self.frozen = [],[],[],[],[],[],[],0
+
+    def add(self, ps, hypers):
+        for p in ps:
+            for k,v in dict(group=len(self.hypers), weights=nn.Parameter(p.clone()), grads=None, state={}, slow=None, count=0).items(): getattr(self, k).append(v)
+        self.hypers.append({**self.usual, **hypers})
+
+    def trained(self, i): return self.group[i] >= self.frozen
+    def drop(self, which=lambda i: True): self.grads = [None if which(i) else g for i,g in enumerate(self.grads)]
+
+    def freeze(self, n):
+        self.frozen = n
+        self.drop(lambda i: not self.trained(i))
+
+    def run(self, i, cbs):
+        for cb in cbs:
+            new = cb(self.weights[i], **{**self.state[i], **self.hypers[self.group[i]]})
+            if isinstance(new, dict): self.state[i].update(new)
 
     @torch.no_grad()
-    def step(self, grads, hypers):
-        for i,(w,g) in enumerate(zip(self.weights, grads)):
-            if g is None: continue
-            h,w.grad = {**self.usual, **hypers[self.group[i]]},g.clone(memory_format=torch.contiguous_format)
+    def step(self):
+        on = [i for i,g in enumerate(self.grads) if g is not None]
+        for i in on:
+            self.weights[i].grad = self.grads[i].clone()
             self.start(i)
-            for cb in self.cbs:
-                new = cb(w, **{**self.state[i], **h})
-                if isinstance(new, dict): self.state[i].update(new)
+            self.run(i, self.cbs[:self.n])
+        if on and self.n < len(self.cbs):
+            rms = (sum(self.state[i]['sqr_avg'].sum()/(1-self.hypers[self.group[i]]['sqr_mom']**self.state[i]['step']) for i in on)/sum(self.grads[i].numel() for i in on)).sqrt()
+            for i in on: self.state[i]['rms'] = rms if rms.isfinite() else math.inf # no decay
+        for i in on:
+            self.run(i, self.cbs[self.n:])
             self.count[i] += 1
-            if self.ahead and self.count[i]%h['k']==0: self.sync(i, h['alpha'])
+            if self.ahead and self.count[i]%self.hypers[self.group[i]]['k']==0: self.sync(i)
 
     def start(self, i):
         if self.slow[i] is None: self.slow[i],self.count[i] = self.weights[i].detach().clone(),0
 
     @torch.no_grad()
-    def sync(self, i, alpha):
+    def sync(self, i):
         w,s = self.weights[i],self.slow[i]
-        s += alpha*(torch.where(w.isfinite(), w, s)-s)
+        s += self.hypers[self.group[i]]['alpha']*(torch.where(w.isfinite(), w, s)-s)
         w.copy_(s)
 
     def restart(self): self.slow = [None]*len(self.slow)
@@ -53,113 +87,172 @@ class Model:
         self.restart()
         self.state = [{k: v for k,v in s.items() if k=='do_wd'} for s in self.state]
 
-class Fuzz(RuleBasedStateMachine):
-    @initialize(name=st.sampled_from(sorted(infos)))
-    def begin(self, name):
-        self.info,self.n = infos[name],0
-        g = torch.Generator().manual_seed(0)
-        self.gs = [[nn.Parameter(torch.randn(s, generator=g, dtype=torch.float64)) for s in ss] for ss in shapes]
-        self.opt,self.model = self.info.opt_func(self.gs, lr=self.info.lr),Model(self.info, self.gs)
-        for s in (self.opt.state[self.gs[0][1]], self.model.state[1]): s['do_wd'] = False
+@pytest.fixture(scope='module', autouse=True)
+def mesh():
+    "Of one rank"
+    global mesh
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh('cpu', (1,))
+    yield
+    dist.destroy_process_group()
 
-    @rule(lacks=st.sets(st.integers(0, 5), max_size=3), layout=st.sampled_from([as_it_is, turned, channels_last, holes]), size=st.sampled_from([1e-3, 1., 30.]), n=st.integers(1, 7))
+def here(p):
+    "The memory of `p`, sharded or not"
+    p = p.detach()
+    return p.to_local() if isinstance(p, DTensor) else p
+
+def finite(t): return t.detach().where(t.isfinite(), math.nan) # whether it is infinite or no number depends on the order of operations
+
+class Fuzz(RuleBasedStateMachine):
+    @initialize(name=st.sampled_from(sorted(infos)), as_torch=st.booleans(), sharded=st.sampled_from([False, False, True]))
+    def begin(self, name, as_torch, sharded):
+        self.info,self.n,self.model = infos[name],0,Model(infos[name])
+        ours = alone(self.info.opt_func, self.info)
+        self.as_torch = as_torch and not inner(ours)
+        self.sharded = sharded and all(f.shards=='any' for f,_ in getattr(ours, 'calls', ()))
+        g = torch.Generator().manual_seed(0)
+        self.gs = [[self.parameter(torch.randn(s, generator=g, dtype=torch.float64)) for s in ss] for ss in shapes]
+        self.made = self.make(self.info.lr)
+        self.usual = dict(self.opt.hypers[0])
+        for ps in self.gs: self.model.add(map(here, ps), self.usual)
+        for s in (self.opt.state[self.gs[0][1]], self.model.state[1]): s['do_wd'] = False
+        self.tie()
+
+    def make(self, lr): return as_torch(self.info.opt_func)([dict(params=g) for g in self.gs], lr=lr) if self.as_torch else self.info.opt_func(self.gs, lr=lr)
+
+    opt = property(lambda self: self.made.inner if self.as_torch else self.made)
+
+    def shard(self, t): return DTensor.from_local(t, mesh, [Shard(0) if t.ndim else Replicate()], run_check=False) if self.sharded else t
+    def parameter(self, t): return nn.Parameter(self.shard(t))
+
+    def tie(self): self.tied = [here(p) for p in flat(self.gs)] # the same memory, as in a layer that shares the weight
+
+    def give(self, grads, layout=as_it_is):
+        self.model.grads = grads
+        for p,g in zip(flat(self.gs), grads): p.grad = None if g is None else self.shard(layout(g.clone()))
+
+    def update(self):
+        self.model.step()
+        self.made.step()
+
+    @rule(lacks=st.sets(st.integers(0, 7), max_size=3), layout=st.sampled_from([as_it_is, turned, channels_last, holes]), size=st.sampled_from([1e-3, 1., 30.]), n=st.integers(1, 7))
     def step(self, lacks, layout, size, n):
         for _ in range(n):
             self.n += 1
             g = torch.Generator().manual_seed(self.n)
-            for i,p in enumerate(flat(self.gs)):
-                grad = size*torch.randn(p.shape, generator=g, dtype=p.dtype)
-                p.grad = layout(grad) if p.requires_grad and i not in lacks else None
+            grads = [size*torch.randn(w.shape, generator=g, dtype=w.dtype) for w in self.model.weights]
+            self.give([o if self.model.trained(i) and i not in lacks else None for i,o in enumerate(grads)], layout)
             self.update()
-
-    def update(self):
-        self.model.step([p.grad for p in flat(self.gs)], self.opt.hypers)
-        self.opt.step()
 
     @rule()
     def step_again(self): self.update()
 
     @rule()
     def zero_grad(self):
-        self.opt.zero_grad()
+        self.made.zero_grad()
+        self.model.drop()
         self.update()
 
-    @rule(i=st.integers(0, 5))
-    def nan(self, i):
-        p = flat(self.gs)[i]
-        if not p.requires_grad: return
-        p.grad = torch.zeros_like(p)
-        p.grad[(0,)*p.ndim] = torch.nan
+    @rule(i=st.integers(0, 5), value=st.sampled_from([math.nan, math.inf, -math.inf]))
+    def not_finite(self, i, value):
+        if not self.model.trained(i): return
+        grad = torch.zeros_like(self.model.weights[i])
+        grad[(0,)*grad.ndim] = value
+        self.give([grad if j==i else g for j,g in enumerate(self.model.grads)])
         self.update()
 
     @rule(n=st.integers(0, 1))
-    def freeze(self, n): self.opt.freeze_to(n)
+    def freeze(self, n):
+        self.opt.freeze_to(n)
+        self.model.freeze(n)
 
-    @rule(values=st.dictionaries(st.sampled_from(['lr', 'wd', 'mom', 'k', 'alpha']), st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1))
+    @precondition(lambda self: len(self.gs)==2 and (self.as_torch or inner(self.opt)))
+    @rule()
+    def add_group(self):
+        self.gs.append([self.parameter(torch.linspace(-1, 1, n, dtype=torch.float64)) for n in (3, 2)])
+        (self.made if self.as_torch else self.opt.opt).add_param_group(dict(params=self.gs[-1], lr=self.info.lr/2))
+        last = self.model.hypers[-1]
+        self.model.add(map(here, self.gs[-1]), {**self.usual, 'lr': self.info.lr/2, **({} if self.as_torch else {k: last[k] for k in ('k', 'alpha')})})
+        self.tie()
+
+    @rule(values=st.dictionaries(st.sampled_from(['lr', 'wd', 'mom', 'k', 'alpha']), st.tuples(*[st.floats(0, 1)]*3), min_size=1))
     def hypers(self, values):
         ranges = dict(lr=lambda x: 2*x*self.info.lr, wd=lambda x: .3*x, mom=lambda x: .5+.48*x, k=lambda x: 1+int(6*x), alpha=lambda x: x)
-        self.opt.set_hypers(**{k: [ranges[k](x) for x in v] for k,v in values.items() if k in self.opt.hypers[0]})
+        new = {k: [ranges[k](x) for x in v[:len(self.gs)]] for k,v in values.items() if k in self.usual}
+        for groups in [self.model.hypers, *([self.made.param_groups] if self.as_torch else [])]:
+            for i,g in enumerate(groups): g.update({k: v[i] for k,v in new.items()})
+        if not self.as_torch: self.opt.set_hypers(**new)
 
-    @rule(how=st.sampled_from(['deepcopy', 'pickle']))
+    @rule(how=st.sampled_from([copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))]))
     def copy(self, how):
-        both = self.opt,self.gs
-        self.opt,self.gs = copy.deepcopy(both) if how=='deepcopy' else pickle.loads(pickle.dumps(both))
+        self.made,self.gs = how((self.made, self.gs))
+        self.give([None]*len(self.model.grads))
+        self.tie()
 
     @rule()
     def checkpoint(self):
         "through a file, into a new optimizer with other hypers; slow weights that are to start do so as it is saved"
-        ps = flat(self.gs)
-        for i,p in enumerate(ps):
-            if set(self.opt.state[p])-{'do_wd'}: self.model.start(i)
-        sd = through_a_file(self.opt.state_dict())
+        for i,s in enumerate(self.model.state):
+            if set(s)-{'do_wd'} and not inner(self.opt): self.model.start(i)
+        sd = through_a_file(self.made.state_dict())
         self.gs = [[nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in g] for g in self.gs]
-        self.opt = self.info.opt_func(self.gs, lr=self.info.lr*3)
-        self.opt.load_state_dict(sd)
+        self.made = self.make(self.info.lr*3)
+        self.made.load_state_dict(sd)
+        self.model.drop()
+        self.tie()
 
     @rule()
     def clear_state(self):
         self.opt.clear_state()
         self.model.clear()
 
+    @rule()
+    def restart(self):
+        self.made.restart()
+        self.model.restart()
+
     def write(self, f):
         with torch.no_grad():
-            for w in (*flat(self.gs), *self.model.weights): f(w)
+            for w in (*map(here, flat(self.gs)), *self.model.weights): f(w)
 
     @rule(most=st.floats(.1, 2))
-    def clip(self, most): self.write(lambda w: w.clamp_(-most, most))
+    def clip(self, most): self.write(lambda w: w.nan_to_num_(0, 0, 0).clamp_(-most, most))
 
     @rule()
     def other_weights(self):
         self.write(lambda w: w.copy_(torch.linspace(-1, 1, w.numel(), dtype=w.dtype).view(w.shape)))
-        self.opt.restart()
-        self.model.restart()
+        self.restart()
 
+    @precondition(lambda self: not self.sharded)
     @rule(layout=st.sampled_from([turned, channels_last, torch.Tensor.contiguous]))
     def turn(self, layout):
         for p in flat(self.gs): p.data = layout(p.data)
+        self.tie()
+
+    def started(self): return [i for i,s in enumerate(self.model.slow) if s is not None and self.model.trained(i)]
 
     @precondition(lambda self: has_slow(self.opt))
     @rule()
     def look_at_slow_weights(self):
         self.opt.to_slow()
-        for p,w,s in zip(flat(self.gs), self.model.weights, self.model.slow):
-            if p.requires_grad and 'fast' in self.opt.state[p]: torch.testing.assert_close(p.detach(), w.detach() if s is None else s, rtol=1e-6, atol=1e-7, equal_nan=True)
+        self.compare([s if i in self.started() else w for i,(s,w) in enumerate(zip(self.model.slow, self.model.weights))])
         self.opt.to_fast()
 
     @precondition(lambda self: has_slow(self.opt))
     @rule()
     def sync(self):
-        for i,p in enumerate(flat(self.gs)):
-            if p.requires_grad and 'slow' in self.opt.state[p]:
-                self.model.sync(i, self.opt.hypers[self.model.group[i]]['alpha'])
-                self.model.count[i] = 0
+        for i in self.started():
+            self.model.sync(i)
+            self.model.count[i] = 0
         self.opt.sync()
+
+    def compare(self, ws):
+        for i,(p,t,w) in enumerate(zip(flat(self.gs), self.tied, ws)):
+            for o in (here(p), t): torch.testing.assert_close(finite(o), finite(w), rtol=1e-6, atol=1e-7, equal_nan=True, msg=lambda m: f'{self.info.name}, weight {i}: {m}')
 
     @invariant()
     def same_weights(self):
-        if not hasattr(self, 'model'): return
-        for i,(p,w) in enumerate(zip(flat(self.gs), self.model.weights)):
-            torch.testing.assert_close(p.detach(), w.detach(), rtol=1e-6, atol=1e-7, equal_nan=True, msg=lambda m: f'{self.info.name}, weight {i}: {m}')
+        if hasattr(self, 'made'): self.compare(self.model.weights)
 
 Fuzz.TestCase.settings = settings.get_profile('fuzz')
 test_any_sequence = Fuzz.TestCase
