@@ -139,8 +139,7 @@ class Stepper:
         if bad := [k for k,o in hypers.items() if not isinstance(o, hyper)]: raise TypeError(f"`hypers` must map names to a `hyper` each, {f.__name__} has {bad[0]}={hypers[bad[0]]!r}")
         for what,names in ('anchored', anchored), ('unless', [o.flag for o in state.values() if isinstance(o, unless)]):
             if unknown := ', '.join(sorted(set(names)-set(state))): raise ValueError(f"`{what}` must be names in `state`, {f.__name__} has {unknown}")
-        self.f,self.state,self.hypers,self.anchored,self.scope,self.dense = f,state,hypers,anchored,scope,dense
-        self.shards = 'none' if scope=='all' else shards
+        self.f,self.state,self.hypers,self.anchored,self.scope,self.dense,self.shards = f,state,hypers,anchored,scope,dense,'none' if scope=='all' else shards
 
     defaults = property(lambda self: {k: o.default for k,o in self.hypers.items() if o.default is not None}) # where fastai's `Optimizer` looks
 
@@ -150,8 +149,7 @@ class Stepper:
         same_layout=False # Are gradients and all state known to have the strides of `p`?
     ):
         "Update the list `p`"
-        if self.dense and not same_layout: return _call_dense(self.f, p, grad, values, self.state)
-        return self.f(p, grad, **values)
+        return _call_dense(self.f, p, grad, values, self.state) if self.dense and not same_layout else self.f(p, grad, **values)
 
     @torch.no_grad()
     def __call__(self, p, grad=None, **kwargs):
