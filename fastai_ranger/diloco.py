@@ -51,7 +51,9 @@ def average_ranks(p, grad, slow, slow_step, k,
 
 # %% ../nbs/17_diloco.ipynb #9a2657cf
 @stepper(state=dict(outer_avg=torch.zeros_like), hypers=dict(**lookahead_step.hypers, outer_mom=hyper(.9, 0, 1)), anchored='outer_avg')
-def outer_step(p, grad, slow, slow_step, outer_avg, k, alpha, outer_mom,
+def outer_step(p, grad, slow, slow_step, k, alpha,
+    outer_avg, # Momentum of the outer step
+    outer_mom, # Its coefficient, in [0, 1)
     fast=None, # Fast weights, if `p` holds the slow ones for the moment
     **kwargs
 ):

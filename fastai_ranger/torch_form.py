@@ -24,7 +24,7 @@ class TorchOptimizer(torch.optim.Optimizer):
     ):
         super().__init__(params, dict(lr=lr, **hypers))
         if any(g['lr'] is None for g in self.param_groups): raise TypeError("an optimizer needs a learning rate: give lr=..., or one for each parameter group")
-        self.inner = opt_func([g['params'] for g in self.param_groups], lr=self.param_groups[0]['lr'], **hypers)
+        self.inner = opt_func([g['params'] for g in self.param_groups], lr=plain_hypers(self.param_groups)[0]['lr'], **hypers)
         if not isinstance(self.inner, MultiTensorOptimizer):
             raise ValueError(f"`as_torch` is for optimizers of fastai_ranger, got one that makes a {type(self.inner).__name__}")
         self.state = self.inner.state
