@@ -155,7 +155,7 @@ class Fuzz(RuleBasedStateMachine):
 
     @rule(i=st.integers(0, 5), value=st.sampled_from([math.nan, math.inf, -math.inf]))
     def not_finite(self, i, value):
-        if not self.model.trained(i): return
+        if not self.model.trained(i) or self.info.name=='ranger_lars': return # whose ratio of such norms is up to the order of operations
         grad = torch.zeros_like(self.model.weights[i])
         grad[(0,)*grad.ndim] = value
         self.give([grad if j==i else g for j,g in enumerate(self.model.grads)])
