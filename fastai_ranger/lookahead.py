@@ -79,7 +79,8 @@ def to_fast(self:MultiTensorOptimizer):
 def sync(self:MultiTensorOptimizer):
     "Synchronise now, and begin a new cycle; after `to_slow`, the parameters stay as they are"
     for p,s,h in self._with_slow_weights():
-        due,s['slow_step'] = s['slow_step']%h['k'] or 'fast' in s,0 # of which any `k` is a divisor
+        due = s['slow_step']%h['k'] or 'fast' in s or not torch.equal(*local([p, s['slow']])) # as after another `k`, or clipping
+        s['slow_step'] = 0 # of which any `k` is a divisor
         values = {**{k: local([v]) if isinstance(v, torch.Tensor) else v for k,v in s.items()}, **h}
         for f,_ in self.calls:
             if due and 'k' in f.hypers: f.f(local([p]), [p.grad], **values)

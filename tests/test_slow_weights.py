@@ -280,3 +280,13 @@ def test_other_optimizers(opt_func, name):
     before = weights(learn.model)
     with pytest.raises(ValueError, match=f'`SlowWeights` needs .* `fastai_ranger.ranger`, got a {name} that keeps none'): fit(learn)
     assert equal(before, weights(learn.model))
+
+def test_sync_after_another_k():
+    "that divides the count: the weights are not where a synchronisation has left them"
+    p = param(1., 2.)
+    opt = sgd_ahead([p], k=6)
+    steps(opt, 4)
+    opt.set_hyper('k', 2)
+    fast,slow = p.detach().clone(),opt.state[p]['slow'].clone()
+    opt.sync()
+    assert torch.equal(p, (fast+slow)/2) and torch.equal(p, opt.state[p]['slow'])
