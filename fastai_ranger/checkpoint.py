@@ -45,16 +45,12 @@ def check_value(
     like # What it must be like: a tensor, a whole number, or a flag
 ):
     "`ValueError` unless `v` is as `like`: a floating-point tensor of its shape, a whole number, or a flag"
-    if isinstance(like, bool):
-        if not isinstance(v, bool): raise ValueError(f"`{name}` of {where} must be True or False, the checkpoint has {v!r}")
-        return
-    if not isinstance(like, Tensor):
-        if isinstance(v, Integral) and not isinstance(v, bool) and v >= 0: return
-        raise ValueError(f"`{name}` of {where} must be a whole number from 0 on, the checkpoint has {v!r}")
-    if not isinstance(v, Tensor) or not v.is_floating_point():
-        has = f"one of {v.dtype}" if isinstance(v, Tensor) else repr(v)
-        raise ValueError(f"`{name}` of {where} must be a floating-point tensor, the checkpoint has {has}")
-    if v.shape != like.shape: raise ValueError(f"`{name}` of {where} has shape {tuple(v.shape)}, the parameter has {tuple(like.shape)}")
+    if isinstance(like, bool): fits,what = isinstance(v, bool),'True or False'
+    elif isinstance(like, Tensor): fits,what = isinstance(v, Tensor) and v.is_floating_point(),'a floating-point tensor'
+    else: fits,what = isinstance(v, Integral) and not isinstance(v, bool) and v >= 0,'a whole number from 0 on'
+    has = f"one of {v.dtype}" if isinstance(v, Tensor) else repr(v)
+    if not fits: raise ValueError(f"`{name}` of {where} must be {what}, the checkpoint has {has}")
+    if isinstance(v, Tensor) and v.shape != like.shape: raise ValueError(f"`{name}` of {where} has shape {tuple(v.shape)}, the parameter has {tuple(like.shape)}")
 
 # %% ../nbs/02_checkpoint.ipynb #176deeaf
 _notes = {'replaced', 'edits', 'edited'} # of version 0.1
