@@ -122,6 +122,7 @@ def test_restart():
     with torch.no_grad():
         for p in model.parameters(): p.fill_(5.)
     opt.restart()
+    assert all((s['slow']==5).all() for s in opt.state_dict()['state'].values()) # where a checkpoint would go on
     assert all((p==5).all() for p in train(model, opt, 6))
 
 def test_grad_scaler():
