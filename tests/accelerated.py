@@ -21,7 +21,7 @@ def net():
 
 def loss(model, x): return (model(x)-x.sum(1, keepdim=True)).pow(2).mean()
 
-def numbers(model, opt): return [p.detach().clone() for p in model.parameters()] + [s[k] for s in opt.state.values() for k in ('grad_avg', 'sqr_avg', 'slow')]
+def numbers(model, opt): return [p.detach().clone() for p in model.parameters()] + [opt.state[p][k] for p in model.parameters() for k in ('grad_avg', 'sqr_avg', 'slow')]
 
 def check(ours, others, tol=0.):
     worst = max((a-b).abs().max().item() for a,b in zip(ours, others, strict=True))
@@ -112,7 +112,7 @@ def learner():
     def make(dls, *cbs):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).double()
-        return Learner(dls, model, CrossEntropyLossFlat(), ranger, metrics=accuracy, cbs=[Float64(), *cbs])
+        return Learner(dls, model, CrossEntropyLossFlat(), ranger, metrics=accuracy, path=folder, cbs=[Float64(), *cbs])
     dls = digits().take(1408).dls(bs=32)
     learn = make(dls, Batches(), SlowWeights())
     torch.manual_seed(rank_distrib()) # each process would take another order
@@ -128,5 +128,9 @@ def learner():
     same_everywhere(ours)
     check(ours, alone, 1e-12)
     test_close(learn.recorder.values[0][1:], other.recorder.values[0][1:], 1e-6) # loss and accuracy in validation
+    learn.save('x') # by the first process
+    again = make(dls)
+    again.load('x')
+    check(ours, numbers(again.model, again.opt))
 
 for case in sys.argv[2:]: globals()[case]()

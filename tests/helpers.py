@@ -1,5 +1,5 @@
 "What several tests use"
-import tempfile, warnings
+import multiprocessing, os, tempfile, warnings
 from functools import partial
 
 import fastai.optimizer as stock
@@ -40,6 +40,27 @@ def inner(opt): return opt.opt if isinstance(opt, LookaheadWrapper) else None
 def engine(opt): return opt.ahead if isinstance(opt, LookaheadWrapper) else opt
 def has_slow(opt): return getattr(opt, 'has_slow_weights', False)
 def is_whole(info): return any(f.scope=='all' for f,_ in engine(info.opt_func([nn.Parameter(torch.zeros(1))], lr=info.lr)).calls)
+
+# Processes of their own
+
+forked = multiprocessing.get_context('forkserver') # from one that has imported everything, which takes seconds, and has run nothing
+forked.set_forkserver_preload(['fastai_ranger.lab.compare', 'sklearn.datasets', 'pytest', 'accelerate', 'fastai.distributed', 'torch.distributed.checkpoint.state_dict'])
+
+def _into(log, threads, f, args, kwargs):
+    fd = os.open(log, os.O_WRONLY|os.O_CREAT|os.O_APPEND)
+    for o in 1,2: os.dup2(fd, o)
+    torch.set_num_threads(threads)
+    f(*args, **kwargs)
+
+def fork(f, *args, log=os.devnull, threads=1, **kwargs):
+    "A process that calls `f`, with all it writes in `log`"
+    p = forked.Process(target=_into, args=(log, threads, f, args, kwargs))
+    p.start()
+    return p
+
+def finish(p):
+    p.join()
+    assert p.exitcode==0
 
 # How a tensor lies in memory
 

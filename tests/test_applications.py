@@ -25,20 +25,20 @@ def dls_of(items, bs=16, n=80):
     dls.train.shuffle = False
     return dls
 
-def scans(size=32):
+def scans(size):
     "Digits as images of three channels"
     x,y = datasets.load_digits(return_X_y=True)
     x = torch.nn.functional.interpolate(tensor(x[:96]).float().view(-1, 1, 8, 8)/16, size=(size, size), mode='bilinear')
     return x.expand(-1, 3, -1, -1).contiguous(), tensor(y[:96]).long()
 
-def image_dls(target=lambda x,y: y, **kwargs): return dls_of([(x, target(x, y)) for x,y in zip(*scans())], **kwargs)
+def image_dls(target=lambda x,y: y, size=16, **kwargs): return dls_of([(x, target(x, y)) for x,y in zip(*scans(size))], **kwargs)
 
 def vision(arch, opt_func):
     return vision_learner(image_dls(n=48), arch, pretrained=False, n_out=10, normalize=False, loss_func=CrossEntropyLossFlat(), opt_func=opt_func)
 
 def vit(opt_func):
     model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=2, num_classes=10)
-    return Learner(image_dls(), model, loss_func=CrossEntropyLossFlat(), opt_func=opt_func)
+    return Learner(image_dls(size=32), model, loss_func=CrossEntropyLossFlat(), opt_func=opt_func)
 
 def unet(opt_func):
     "Which pixels are ink"

@@ -1,5 +1,5 @@
 "Saved and resumed: to the bit, from other optimizers and into them, or refused with nothing changed"
-import copy, pickle, subprocess, sys, warnings
+import copy, pickle, warnings
 from functools import partial
 
 import fastai.optimizer as stock
@@ -9,7 +9,7 @@ from fastai.callback.core import Callback
 from fastai.torch_core import params
 from fastai_ranger.all import *
 from fastai_ranger.lab.workflows import digits_learner, fit, largest, stand_still, weights
-from helpers import Skip, Until, load, param, same, state, steps
+from helpers import Skip, Until, finish, fork, load, param, same, state, steps
 
 class Clip(Callback):
     def after_step(self):
@@ -25,22 +25,16 @@ def test_resumed_at_any_point(n, cbs):
     fit(other, 2)
     assert largest(weights(whole.model), weights(other.model)) == 0 and same(state(whole), state(other))
 
-resumes = """
-import sys, warnings
-from functools import partial
-warnings.filterwarnings('error', message='Could not load')
-from fastai_ranger.all import *
-from fastai_ranger.lab.workflows import digits_learner, fit
-learn = digits_learner(partial(ranger, k=5))
-learn.load(sys.argv[1])
-fit(learn, 2)
-learn.save(sys.argv[2])
-"""
+def resume(a, b):
+    learn = digits_learner(partial(ranger, k=5))
+    load(learn, a)
+    fit(learn, 2)
+    learn.save(b)
 
 def test_resumed_in_a_new_process(tmp_path):
     learn = fit(digits_learner(partial(ranger, k=5)))
     learn.save(tmp_path/'a')
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', resumes, tmp_path/'a', tmp_path/'b'], check=True)
+    finish(fork(resume, tmp_path/'a', tmp_path/'b', threads=torch.get_num_threads()))
     fit(learn, 2)
     other = load(digits_learner(partial(ranger, k=5)), tmp_path/'b')
     assert largest(weights(learn.model), weights(other.model)) == 0 and same(state(learn), state(other))

@@ -1,6 +1,8 @@
 "`ranger-compare`, as a user meets it"
-import inspect, json, os, random, re, shutil, signal, struct, subprocess, sys, time, urllib.error, warnings, zlib
+import inspect, json, random, re, resource, shutil, signal, struct, subprocess, sys, time, urllib.error, warnings, zlib
+from contextlib import redirect_stderr
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,12 +19,12 @@ from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai_ranger.lab import data
 from fastai_ranger.lab.compare import check_args, cnn, compare, digits_dls, learner_func, models, optimizers, ranger_compare, register, scheds, summarize, train_run
 from fastai_ranger.lab.report import colors_of
+from helpers import finish, fork, forked
 from PIL import Image
 from scipy.stats import ttest_rel
 from sklearn.datasets import load_digits
 
 command = Path(sys.executable).parent/'ranger-compare'
-dashes = '--lr-grid' in subprocess.run([command, '--help'], capture_output=True, text=True).stdout # older versions have `--lr_grid`
 
 def rows(*args, **kwargs): return compare(*args, **kwargs).df
 
@@ -229,22 +231,26 @@ def rateless(params, lr): return ranger(params, lr=lr)
 def none(params, lr): pass
 """
 
-def test_an_optimizer_of_your_own(tmp_path):
+def test_an_optimizer_of_your_own(tmp_path, monkeypatch):
     "From a file in the current folder to the table, picture and report; its rate is its own default, or else fastai's"
     (tmp_path/'own.py').write_text(own)
     (tmp_path/'broken.py').write_text('def f(:')
-    run = lambda opts,*args: subprocess.run([command, 'digits', '--opts', opts, '--epochs', '1', '--seeds', '1', '--out', 'out', *args], cwd=tmp_path, capture_output=True, text=True)
-    res = run('own:slow,own:slow:k=3,own:rateless,torch.optim:AdamW,ranger')
+    monkeypatch.chdir(tmp_path)
+    opts = 'own:slow,own:slow:k=3,own:rateless,torch.optim:AdamW,ranger'
+    res = subprocess.run([command, 'digits', '--opts', opts, '--epochs', '1', '--seeds', '1', '--out', 'out'], capture_output=True, text=True)
     assert res.returncode == 0, res.stderr
-    df = pd.read_csv(tmp_path/'out/results.csv')
+    df = pd.read_csv('out/results.csv')
     assert dict(zip(df.optimizer, df.lr)) == {'own:slow': 2e-3, 'own:slow:k=3': 2e-3, 'own:rateless': 1e-3, 'torch.optim:AdamW': 1e-3, 'ranger': 8e-3}
-    assert 'own:slow:k=3' in res.stdout.split('\noptimizer')[1] and '| own:slow:k=3 | 0.002 |' in (tmp_path/'out/report.md').read_text()
-    assert (tmp_path/'out/curves.png').exists()
-    assert run('own:slow,ranger', '--lr', 'own:slow=.1').returncode == 0
-    assert .1 in pd.read_csv(tmp_path/'out/results.csv').query("optimizer == 'own:slow'").lr.values
+    assert 'own:slow:k=3' in res.stdout.split('\noptimizer')[1] and '| own:slow:k=3 | 0.002 |' in Path('out/report.md').read_text()
+    assert Path('out/curves.png').exists()
+    def start(opts, **kwargs): return fork(ranger_compare, 'digits', opts=opts, epochs=1, seeds=1, out='out', log=opts, **kwargs)
+    finish(start('own:slow,ranger', lr='own:slow=.1'))
+    assert .1 in pd.read_csv('out/results.csv').query("optimizer == 'own:slow'").lr.values
     for opts,message in (('own:fast', 'own has no fast'), ('broken:f', 'broken cannot be imported'), ('own:none', 'makes no optimizer, but NoneType')):
-        res = run(opts)
-        assert res.returncode == 2 and message in res.stderr.splitlines()[-1] and 'Traceback' not in res.stderr
+        p = start(opts)
+        p.join()
+        said = Path(opts).read_text()
+        assert p.exitcode == 2 and message in said.splitlines()[-1] and 'Traceback' not in said
 
 def test_a_rate_in_the_name(tmp_path):
     df = rows('digits', opts='adam,adam:lr=.1', epochs=1, seeds=1, n_train=128, out=tmp_path)
@@ -302,17 +308,19 @@ def test_a_short_search_for_rate_and_schedule(tmp_path):
 def runs_of(path): return pd.read_csv(path)[['optimizer', 'sched', 'lr', 'seed', 'epoch']].drop_duplicates()
 
 def test_kill_and_go_on(tmp_path):
-    args = ['digits', '--epochs', '2', '--seeds', '2', '--opts', 'ranger,adam', '--sched', 'flat_cos,one_cycle', '--lr-grid' if dashes else '--lr_grid', '2', '--out', tmp_path]
+    def start(): return fork(ranger_compare, 'digits', epochs=2, seeds=2, opts='ranger,adam', sched='flat_cos,one_cycle', lr_grid=2, out=tmp_path, log=tmp_path/'log')
     for kept in ('tune.csv', 'results.csv'):
-        p = subprocess.Popen([command, *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        p = start()
         while not (tmp_path/kept).exists():
-            assert p.poll() is None
+            assert p.is_alive()
             time.sleep(.02)
         p.kill()
-        p.wait()
+        p.join()
         assert (pd.read_csv(tmp_path/kept).groupby(['optimizer', 'sched', 'lr', 'seed']).size() == 2).all()
     before = {k: (tmp_path/k).read_text() for k in ('tune.csv', 'results.csv')}
-    out = subprocess.run([command, *args], capture_output=True, text=True, check=True).stdout
+    (tmp_path/'log').unlink()
+    finish(start())
+    out = (tmp_path/'log').read_text()
     for k,old in before.items():
         now = (tmp_path/k).read_text()
         assert now.startswith(old) and len(runs_of(tmp_path/k)) == len(pd.read_csv(tmp_path/k)) == 16
@@ -365,24 +373,22 @@ def test_seconds_of_a_stopped_run(tmp_path, monkeypatch):
 
 def test_killed_at_random_moments(tmp_path):
     "With kill -9; the file of the run is gone in the end"
-    one = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    args = [command, 'digits', '--epochs', '8', '--seeds', '1', '--opts', 'ranger', '--precision', 'bf16', '--out']
+    def start(name): return fork(ranger_compare, 'digits', epochs=8, seeds=1, opts='ranger', precision='bf16', out=tmp_path/name, log=tmp_path/f'{name}.log')
     columns = ['optimizer', 'epoch', 'train_loss', 'valid_loss', 'accuracy']
-    subprocess.run([*args, tmp_path/'whole'], env=one, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    file = tmp_path/'stopped/results-ranger-flat_cos-0.008-0.pth'
-    rng,out = random.Random(),''
+    finish(start('whole'))
+    file,rng = tmp_path/'stopped/results-ranger-flat_cos-0.008-0.pth',random.Random()
     for i in range(5):
-        p = subprocess.Popen([*args, tmp_path/'stopped'], env=one, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         before = file.stat().st_mtime_ns if file.exists() else 0
-        while p.poll() is None and (not file.exists() or file.stat().st_mtime_ns == before): time.sleep(.002) # one more epoch
+        p = start('stopped')
+        while p.is_alive() and (not file.exists() or file.stat().st_mtime_ns == before): time.sleep(.002) # one more epoch
         time.sleep(rng.random()*.3)
         p.kill()
-        out += p.communicate()[0]
-        assert p.returncode == -signal.SIGKILL and not (tmp_path/'stopped/results.csv').exists()
-    out += subprocess.run([*args, tmp_path/'stopped'], env=one, check=True, capture_output=True, text=True).stdout
+        p.join()
+        assert p.exitcode == -signal.SIGKILL and not (tmp_path/'stopped/results.csv').exists()
+    finish(start('stopped'))
     whole,stopped = [pd.read_csv(tmp_path/o/'results.csv') for o in ('whole', 'stopped')]
     pd.testing.assert_frame_equal(stopped[columns], whole[columns], check_exact=True)
-    assert out.count('goes on where it stopped') == 5 and not [o for o in (tmp_path/'stopped').iterdir() if o.suffix in ('.pth', '.part')]
+    assert (tmp_path/'stopped.log').read_text().count('goes on where it stopped') == 5 and not [o for o in (tmp_path/'stopped').iterdir() if o.suffix in ('.pth', '.part')]
 
 def test_a_checkpoint_that_cannot_be_read(tmp_path, capsys):
     file = tmp_path/'results-ranger-flat_cos-0.008-0.pth'
@@ -498,24 +504,24 @@ def test_results_that_have_diverged(finished, tmp_path):
 
 def test_two_at_once(tmp_path):
     "on one folder: the second is refused, and the first loses nothing; killed, it leaves the folder to others"
-    args = [command, 'digits', '--epochs', '2', '--seeds', '9', '--out', tmp_path]
-    first = subprocess.Popen([*args, '--opts', 'ranger'], stdout=subprocess.DEVNULL)
+    first,log = fork(ranger_compare, 'digits', opts='ranger', epochs=2, seeds=9, out=tmp_path),tmp_path/'log'
     while not (tmp_path/'settings.json').exists(): time.sleep(.02)
-    second = subprocess.run([*args, '--opts', 'adam'], capture_output=True, text=True)
+    second = fork(ranger_compare, 'digits', opts='adam', epochs=2, seeds=9, out=tmp_path, log=log)
+    second.join()
     first.kill()
-    first.wait()
-    assert second.returncode == 2 and second.stderr == f'ranger-compare: out must be a folder that no other comparison uses at the moment, got {tmp_path}\n'
+    first.join()
+    assert second.exitcode == 2 and log.read_text() == f'ranger-compare: out must be a folder that no other comparison uses at the moment, got {tmp_path}\n'
     compare('digits', opts='adam', epochs=2, seeds=1, out=tmp_path)
     for _ in range(2): # in one process, too, one after another
         with pytest.raises(ValueError, match='other epochs'): compare('digits', opts='adam', epochs=1, out=tmp_path)
 
-full = """
-import resource, signal, sys
-from fastai_ranger.lab.compare import ranger_compare
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-ranger_compare(data='digits', opts='adam', epochs=1, seeds=2, n_train=128, out=sys.argv[2])
-"""
+def on_a_full_disk(most, out, said):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+    warnings.simplefilter('ignore')
+    with redirect_stderr(StringIO()) as err:
+        try: ranger_compare('digits', opts='adam', epochs=1, seeds=2, n_train=128, out=out)
+        finally: said.send(err.getvalue())
 
 @pytest.mark.parametrize('most,name', [(10, 'settings.json'), (1000, 'results-adam-flat_cos-0.003-0.pth'), (30000, 'curves.png')])
 def test_no_room_for_a_file(most, name, finished, tmp_path):
@@ -524,8 +530,11 @@ def test_no_room_for_a_file(most, name, finished, tmp_path):
     if name == 'curves.png': # all that is left to do
         compare('digits', opts='adam', epochs=1, seeds=2, n_train=128, out=out)
         for o in ('curves.png', 'report.md'): (out/o).unlink()
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', full, str(most), out], capture_output=True, text=True)
-    assert res.returncode == 2 and res.stderr.startswith(f'ranger-compare: cannot write {out/name}: ') and res.stderr.count('\n') == 1, res.stderr
+    here,there = forked.Pipe() # a file would have no room either
+    p = fork(on_a_full_disk, most, out, there)
+    said = here.recv()
+    p.join()
+    assert p.exitcode == 2 and said.startswith(f'ranger-compare: cannot write {out/name}: ') and said.count('\n') == 1, said
     assert {o.name for o in out.iterdir()} <= {'.lock', 'settings.json', 'results.csv'} and all(o.stat().st_size for o in out.iterdir() if o.name != '.lock')
 
 def test_a_folder_that_cannot_be_written(capsys): assert 'cannot make the folder /proc/out: ' in refused(capsys, **small, out='/proc/out')

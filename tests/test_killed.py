@@ -1,5 +1,5 @@
 "kill -9 in a training with checkpoints, and the recipe of the page on checkpoints to go on: `KILLS=20 pytest tests/test_killed.py`"
-import multiprocessing, os, random, signal, time
+import os, random, signal, time
 from zipfile import is_zipfile
 
 import pytest
@@ -10,7 +10,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from fastai_ranger import ranger
 from fastai_ranger.lab.data import cnn, digits_dls
-from helpers import same
+from helpers import finish, fork, same
 
 epochs = 8
 
@@ -18,8 +18,6 @@ def checkpoints(path): return {int(f.stem.split('_')[1]): f for f in (path/'mode
 
 def train(path):
     "All epochs, after those whose checkpoints are whole"
-    if path is None: return
-    torch.set_num_threads(1)
     set_seed(42, reproducible=True)
     dls = digits_dls()
     dls.train.shuffle = False
@@ -28,22 +26,6 @@ def train(path):
     if done >= 0: learn.load(f'run_{done}')
     with learn.no_bar(), learn.no_logging():
         learn.fit_flat_cos(epochs, 8e-3, start_epoch=done+1, cbs=SaveModelCallback(every_epoch=1, with_opt=True, fname='run'))
-
-def finish(p):
-    p.join()
-    assert p.exitcode==0
-
-@pytest.fixture(scope='module')
-def start():
-    "A function that starts `train` in a process of its own, forked from one in which nothing has run yet"
-    ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['fastai_ranger.lab.registry', 'fastai_ranger.lab.data', 'pytest'])
-    def go(path):
-        p = ctx.Process(target=train, args=(path,))
-        p.start()
-        return p
-    finish(go(None)) # the first one waits for the imports
-    return go
 
 def written(path): return {f: f.stat().st_mtime_ns for f in checkpoints(path).values()}
 
@@ -54,14 +36,15 @@ def same_end(a, b):
     return same(*tensors) and a['opt']['hypers']==b['opt']['hypers']
 
 @pytest.fixture(scope='module')
-def whole(start, tmp_path_factory):
+def whole(tmp_path_factory):
     "The folder of a run that is left alone, and how long it takes"
     path = tmp_path_factory.mktemp('whole')
+    finish(fork(len, ())) # the first one waits for the imports
     begun = time.monotonic()
-    finish(start(path))
+    finish(fork(train, path))
     return path,time.monotonic()-begun
 
-def test_killed_at_random_moments(start, whole, tmp_path):
+def test_killed_at_random_moments(whole, tmp_path):
     "The end is that of the run that was left alone, to the bit; every other kill is while a checkpoint is written"
     (alone,seconds),rng,n = whole,random.Random(),int(os.environ.get('KILLS', 6))
     kills,cut,runs = 0,0,0
@@ -69,7 +52,7 @@ def test_killed_at_random_moments(start, whole, tmp_path):
         path = tmp_path/f'{runs}'
         while kills < n:
             before = written(path)
-            p,moment = start(path),time.monotonic()+rng.random()*seconds*(1-len(before)/epochs)
+            p,moment = fork(train, path),time.monotonic()+rng.random()*seconds*(1-len(before)/epochs)
             if kills%2: # while it writes
                 while p.is_alive() and written(path)==before: time.sleep(.0002)
                 moment = time.monotonic()+rng.random()*.004
@@ -80,7 +63,7 @@ def test_killed_at_random_moments(start, whole, tmp_path):
             assert p.exitcode==-signal.SIGKILL
             kills += 1
             cut += any(not is_zipfile(f) and before.get(f) != t for f,t in written(path).items())
-        if kills==n: finish(start(path))
+        if kills==n: finish(fork(train, path))
         assert same_end(path, alone)
         runs += 1
         if kills==n: break
