@@ -15,7 +15,7 @@ def ours(info):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: opt = info.opt_func([torch.nn.Parameter(torch.zeros(1))], lr=info.lr)
-        except ImportError: return False # of a package that is not installed
+        except (ImportError, ValueError): return False # of a package that is not installed, or wants a newer PyTorch
     return isinstance(opt, (MultiTensorOptimizer, LookaheadWrapper))
 
 # Records of all on our engine, each with the same formulas in fastai's steppers
