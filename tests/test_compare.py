@@ -48,7 +48,7 @@ wrong = [
     (dict(data='digits', opts='sgd:speed=3'), 'opts has sgd:speed=3, which cannot be made'),
     (dict(data='digits', opts='no.such:lion'), "opts has no.such:lion, but no.such cannot be imported: No module named 'no'"),
     (dict(data='digits', opts='torch.optim:Lion'), 'opts has torch.optim:Lion, but torch.optim has no Lion'),
-    (dict(data='digits', opts='torch.optim:Muon'), 'opts has torch.optim:Muon, which cannot be made: '),
+    *([(dict(data='digits', opts='torch.optim:Muon'), 'opts has torch.optim:Muon, which cannot be made: ')] if hasattr(torch.optim, 'Muon') else []),
     (dict(data='digits', opts='builtins:print:sep=x'), 'opts has builtins:print:sep=x, which cannot be made: '),
     (dict(data='digits', opts='collections:ChainMap:k=3'), 'opts has collections:ChainMap:k=3, which cannot be made: '),
     (dict(data='digits', opts='torch.optim:AdamW:lr=fast'), 'opts has torch.optim:AdamW:lr=fast, which cannot be made: '),

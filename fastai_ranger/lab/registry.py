@@ -105,7 +105,7 @@ class FlatMuon(torch.optim.Optimizer):
         ps = [p for g in self.param_groups for p in g['params']]
         self.hidden,rest = [p for p in ps if p.ndim > 1],[p for p in ps if p.ndim < 2]
         self.flat = [torch.nn.Parameter(p.detach().view(len(p), -1)) for p in self.hidden] # the same memory
-        made = (self.flat, getattr(torch.optim, 'Muon', None), dict(adjust_lr_fn='match_rms_adamw')),(rest, torch.optim.AdamW, dict(fused=True))
+        made = (self.flat, torch.optim.Muon, dict(adjust_lr_fn='match_rms_adamw')),(rest, torch.optim.AdamW, dict(fused=True))
         self.opts = [cls(ps, lr=lr, weight_decay=.01, **kwargs) for ps,cls,kwargs in made if ps]
     def step(self, closure=None):
         for g in [g for o in self.opts for g in o.param_groups]: g['lr'] = self.param_groups[0]['lr']
@@ -118,7 +118,7 @@ register('optimi_triton', _peer('optimi', 'Ranger', weight_decay=.01, triton=Tru
 register('pytorch_optimizer', _peer('pytorch_optimizer', 'Ranger', weight_decay=.01), **_ranger)
 register('pytorch_ranger', _peer('pytorch_ranger', 'Ranger', weight_decay=.01), **_ranger)
 register('timm', _peer('timm.optim', 'create_optimizer_v2', opt='lookahead_radam', weight_decay=.01), **_ranger)
-register('torch_muon', FlatMuon, 1e-2, twin='torch_muon')
+if hasattr(torch.optim, 'Muon'): register('torch_muon', FlatMuon, 1e-2, twin='torch_muon') # from PyTorch 2.9 on
 register('torch_radam', partial(torch.optim.RAdam, weight_decay=.01, decoupled_weight_decay=True, foreach=True), **_inside)
 register('adamw_fused', partial(torch.optim.AdamW, weight_decay=.01, fused=True), **_inside)
 register('sgd_foreach', partial(torch.optim.SGD, momentum=.9, foreach=True), 1e-1, moves=5)
