@@ -33,7 +33,7 @@ def _read(file, read, what):
     except (ValueError, TypeError, AssertionError): raise ValueError(f"{file} is not {what}: it is spoilt, or of something else. Mend it, move it away, or give another folder with out") from None
 
 def _parse_runs(text, epochs):
-    df = pd.read_csv(io.StringIO(text))
+    df = pd.read_csv(io.StringIO(text), float_precision='round_trip')
     assert {*_key, 'epoch', 'valid_loss', 'seconds', 'opt_seconds'} <= set(df.columns) and text.endswith('\n')
     assert df.empty or df.groupby(_key, dropna=False).epoch.agg(list).map(lambda o: o==list(range(1, epochs+1))).all()
     return df
