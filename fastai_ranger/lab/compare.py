@@ -26,6 +26,7 @@ from .report import *
 
 # %% ../../nbs/lab/05_compare.ipynb #80a7e26c
 _key = ['optimizer', 'sched', 'lr', 'seed']
+_exact = {} if tuple(map(int, pd.__version__.split('.')[:2])) >= (3, 1) else dict(float_precision='round_trip') # every digit
 
 def _read(file, read, what):
     "What `read` makes of the text of `file`; `ValueError` unless it is `what`"
@@ -33,7 +34,7 @@ def _read(file, read, what):
     except (ValueError, TypeError, AssertionError): raise ValueError(f"{file} is not {what}: it is spoilt, or of something else. Mend it, move it away, or give another folder with out") from None
 
 def _parse_runs(text, epochs):
-    df = pd.read_csv(io.StringIO(text), float_precision='round_trip')
+    df = pd.read_csv(io.StringIO(text), **_exact)
     assert {*_key, 'epoch', 'valid_loss', 'seconds', 'opt_seconds'} <= set(df.columns) and text.endswith('\n')
     assert df.empty or df.groupby(_key, dropna=False).epoch.agg(list).map(lambda o: o==list(range(1, epochs+1))).all()
     return df

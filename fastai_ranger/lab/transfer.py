@@ -50,7 +50,7 @@ def transfer(
     new = of_classes(images, [o for o in images.vocab if o not in old_classes])
     small,out = new.take(1000),Path(out)
     picks = new.take(3000).train[1000:]
-    rows = pd.read_csv(out, float_precision='round_trip').to_dict('records') if out.exists() else []
+    rows = pd.read_csv(out).to_dict('records') if out.exists() else []
     done = {(r['optimizer'], r['sched'], r['lr'], r['seed']) for r in rows}
     for seed,name,rate,sched in itertools.product(range(seeds), opts.split(','), rates, ('one_cycle', 'flat_cos')):
         info = find_opt(name)
