@@ -15,7 +15,10 @@ def ours(info):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: opt = info.opt_func([torch.nn.Parameter(torch.zeros(1))], lr=info.lr)
-        except (ImportError, ValueError): return False # of a package that is not installed, or wants a newer PyTorch
+        except ImportError: return False # of a package that is not installed
+        except ValueError as e:
+            if 'requires PyTorch' not in str(e): raise
+            return False
     return isinstance(opt, (MultiTensorOptimizer, LookaheadWrapper))
 
 # Records of all on our engine, each with the same formulas in fastai's steppers

@@ -104,7 +104,7 @@ def test_ends_where_stock_does(app):
         assert learn.train_iter > 8 # rectified, and synchronised
         return weights(learn.model)
     ours,theirs = trained(ranger),trained(stock.ranger)
-    assert ours[0].dtype is torch.float64 and largest(ours, theirs) < 1e-10
+    assert ours[0].dtype is torch.float64 and largest(ours, theirs) < (1e-11 if torch.__version__ >= (2, 6) else 1e-10)
 
 class OneForEach(Callback):
     "An optimizer for the generator and one for the critic, where fastai has one for both"
