@@ -34,6 +34,7 @@ def adaptive_clip(p, grad,
     torch._foreach_mul_(most, clip)
     torch._foreach_div_(most, now)
     torch._foreach_clamp_max_(most, 1.)
+    for o in most: o.nan_to_num_(1.) # an undefined norm clips nothing
     return dict(grad=torch._foreach_mul(grad, most))
 
 # %% ../nbs/11_ranger_2021.ipynb #f76aba59

@@ -1,7 +1,6 @@
 "What `test_distributed.py` runs in each process: `torchrun diloco_ranks.py FOLDER CASE...`"
 import os, signal, sys, torch, warnings
 import torch.distributed as dist
-from functools import partial
 from pathlib import Path
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

@@ -1,5 +1,5 @@
 "`ranger` in fastai's workflows, beside fastai's own, which fails where the table in the documentation says so"
-import copy, os, pickle, subprocess, sys, warnings
+import copy, os, pickle, subprocess, sys
 from functools import partial
 
 import fastai.optimizer as stock
