@@ -148,7 +148,7 @@ def _image_args(data, bs, size, model, pretrained, recipe, path, split, n_train,
     def learner(o): return o and learner_func(partial(o.dls, bs), partial(make, **model_kwargs), loss_func, precision, channels_last)
     return dict(about=images, learner=learner(images), work=work(images), tune_learner=learner(tuning), tune_work=work(tuning), settings=settings)
 
-def check_args(data, opts, epochs, lr, sched, seeds, lr_grid, tune_seeds, n_tune, best_sched, out, **kwargs):
+def check_args(data, opts, epochs, lr, sched, seeds, lr_grid, tune_seeds, n_tune, best_sched, held_out, out, **kwargs):
     "What `compare` needs, as a dict; `ValueError` if the arguments cannot work"
     infos,sched = _named(opts),_names('sched', sched)
     made = {o: info.for_learner() for o,info in infos.items()}
@@ -162,11 +162,16 @@ def check_args(data, opts, epochs, lr, sched, seeds, lr_grid, tune_seeds, n_tune
     lrs = parse_lrs(lr, {o: info.lr for o,info in infos.items()})
     if callable(data):
         usual = {k: o.default for k,o in signature(compare).parameters.items()}
-        for name,value in {**kwargs, 'lr_grid': lr_grid}.items():
+        for name,value in {**kwargs, 'n_tune': n_tune}.items():
             if value != usual[name]: raise ValueError(f"{name} is for images, got {value} and a function that makes its own `Learner`")
+        if lr_grid and not callable(held_out): raise ValueError(f"held_out must be a function that validates on held-out training data where lr_grid chooses by it, got {held_out}")
+        if held_out is not None and not lr_grid: raise ValueError("held_out goes with lr_grid, got it without")
         name = getattr(data, '__name__', 'task').strip('<>')
-        todo = dict(about=f'{name}, a task of your own', learner=_same_order(data), work=1, tune_learner=None, tune_work=None, settings=dict(data=name, bs=None, model='its own model'))
-    else: todo = _image_args(data, lr_grid=lr_grid, n_tune=n_tune, **kwargs)
+        todo = dict(about=f'{name}, a task of your own', learner=_same_order(data), work=1, tune_learner=held_out and _same_order(held_out), tune_work=1,
+                    settings=dict(data=name, bs=None, model='its own model'))
+    else:
+        if held_out is not None: raise ValueError("held_out is for a function that makes its own `Learner`; of images, n_tune says how many are held out")
+        todo = _image_args(data, lr_grid=lr_grid, n_tune=n_tune, **kwargs)
     settings = todo['settings'] = {**todo['settings'], 'epochs': epochs}
     out = Path(out) if out else None if callable(data) else Path('ranger-compare')
     mine = _take(out, settings) if out else dict(lock=None, **{o: Results(None, o, epochs) for o in ('results', 'tune')})
@@ -282,6 +287,7 @@ def compare(
     best_sched:store_true=False, # After that search, only the schedule that did best in it, for each optimizer?
     precision:str='fp32', # `fp32`, `bf16` for mixed precision, or `fp16` for that on a GPU
     channels_last:store_true=False, # Channels-last memory format?
+    held_out=None, # With a function and `lr_grid`: the same, but validating on a part of the training data
     out:str=None # Folder for `results.csv`, `tune.csv`, `curves.png` and `report.md`; `None` for `ranger-compare`, or for no files with a function
 )->Comparison: # With rows, table, verdict and picture
     "Train one model with several optimizers"
@@ -360,7 +366,7 @@ examples:
 
 {fill('models: ' + ', '.join(models) + '; and those of torchvision and timm, such as resnet18', 120)}
 {_examples}""")
-@delegates(compare)
+@delegates(compare, but='held_out')
 def ranger_compare(
     data:str, # `digits`, `fashion_mnist`, `cifar10`, `imagenette`, `imagewoof`, or a folder with `train/` and one of `valid/`, `val/`, `validation/` and `test/`
     **kwargs

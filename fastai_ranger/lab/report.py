@@ -242,8 +242,9 @@ def report_md(
     if tried is not None:
         tuned = best_rates(tried)
         only = ", with each optimizer's better schedule" if len(df[['optimizer', 'sched']].drop_duplicates()) < len(tuned) else ''
-        parts += ['## Learning rates', f"Accuracy on a fifth of the training images, held out, after training on {settings['n_tune'] or len(images.train)*4//5} of the others: "
-            f"{len(tried)//settings['epochs']} runs, {tried.seconds.sum()/60:.0f} minutes of training. The best rate of each row was then used on all images{only}.", _markdown(tuned)]
+        by = (f"Accuracy on a fifth of the training images, held out, after training on {settings['n_tune'] or len(images.train)*4//5} of the others" if 'n_tune' in settings
+              else "Chosen on held-out training data")
+        parts += ['## Learning rates', f"{by}: {len(tried)//settings['epochs']} runs, {tried.seconds.sum()/60:.0f} minutes of training. The runs above have the best rate of each row{only}.", _markdown(tuned)]
     return '\n\n'.join([*parts, '## Settings', *[f'    {k}: {v}' for k,v in settings.items()]]) + '\n'
 
 # %% ../../nbs/lab/04_report.ipynb #e2384910

@@ -6,11 +6,9 @@
 __all__ = ['adult_learner', 'compare_on_adult']
 
 # %% ../../nbs/lab/12_table.ipynb #76ff74db
-import numpy as np,pandas as pd
+import pandas as pd
 from fastai.tabular.all import *
-from .registry import find_opt
-from .report import best_rates
-from .compare import compare,rates
+from .compare import compare
 import fastai_ranger.learner
 
 # %% ../../nbs/lab/12_table.ipynb #90425589
@@ -30,15 +28,12 @@ def adult_learner(
 
 def compare_on_adult(
     file, # CSV file with the census data
-    out, # Folder for the results; what it has already is not run again
-    opts='ranger_muon,ranger,adam,sgd', # Names of optimizers
-    n_rates=5, # Rates to try for each optimizer and schedule
-    seeds=5, # Number of runs with the best one
-    epochs=2 # Number of epochs
+    opts='ranger_muon,ranger,adam,sgd', # As for `compare`
+    epochs=2, # As for `compare`
+    sched='flat_cos,one_cycle', # As for `compare`
+    seeds=5, # As for `compare`
+    lr_grid=5, # As for `compare`
+    **kwargs # As for `compare`
 ):
-    "Look for the rate of each optimizer with both schedules on held-out rows, then train with it and validate on the test rows"
-    out,names = Path(out),opts.split(',')
-    grids = np.array([rates(find_opt(o).lr, n_rates) for o in names])
-    for lrs in grids.T: compare(adult_learner(file, True), opts, epochs, dict(zip(names, lrs.tolist())), 'flat_cos,one_cycle', 1, out=out/'tune')
-    best = best_rates(pd.read_csv(out/'tune'/'results.csv')).lr
-    for sched in ('flat_cos', 'one_cycle'): compare(adult_learner(file), opts, epochs, best.xs(sched, level='sched').to_dict(), sched, seeds, out=out/sched)
+    "`compare` on the census data, with rates chosen on held-out rows"
+    return compare(adult_learner(file), opts, epochs, sched=sched, seeds=seeds, lr_grid=lr_grid, held_out=adult_learner(file, True), **kwargs)
