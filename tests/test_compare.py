@@ -16,9 +16,11 @@ import torch
 from fastai.layers import Mish, SelfAttention, SimpleSelfAttention
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
+from fastai.metrics import accuracy
+from fastai_ranger.all import Adam, ranger_muon
 from fastai_ranger.lab import data
 from fastai_ranger.lab.compare import check_args, cnn, compare, digits_dls, learner_func, models, optimizers, ranger_compare, register, scheds, summarize, train_run
-from fastai_ranger.lab.report import colors_of
+from fastai_ranger.lab.report import best_rates,colors_of
 from helpers import finish, fork, forked
 from PIL import Image
 from scipy.stats import ttest_rel
@@ -569,8 +571,7 @@ def test_one_class(tmp_path, capsys):
 
 def test_a_table(tmp_path):
     "A `Learner` of tables, with its embeddings and batch norm"
-    from fastai.tabular.all import CategoryBlock, Categorify, Normalize, TabularDataLoaders, accuracy, tabular_learner
-    from fastai_ranger.all import Adam, ranger_muon
+    from fastai.tabular.all import CategoryBlock, Categorify, Normalize, TabularDataLoaders, tabular_learner
     from sklearn.datasets import load_breast_cancer
     df = load_breast_cancer(as_frame=True).frame.assign(size=lambda d: pd.cut(d['mean radius'], 4).astype(str))
     dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['size'], cont_names=list(df.columns[:-2]), y_names='target', y_block=CategoryBlock(), bs=64, seed=1)
@@ -583,16 +584,71 @@ def test_a_table(tmp_path):
     got = {n for n,p in learn.model.named_parameters() if learn.opt.state[p].get('do_muon', p.ndim > 1)}
     assert got=={'layers.0.0.weight', 'layers.1.0.weight'} # neither the embedding nor the last layer
 
+def the_best_of_those_tried(out):
+    "`results.csv`, with the rates that did best in `tune.csv`"
+    tune,runs = (pd.read_csv(out/o) for o in ('tune.csv', 'results.csv'))
+    assert runs.groupby(['optimizer', 'sched']).lr.first().to_dict() == best_rates(tune).lr.to_dict()
+    assert tune.groupby(['optimizer', 'sched']).lr.nunique().eq(2).all() and 'Chosen on held-out training data' in (out/'report.md').read_text()
+    return runs
+
+def test_a_search_for_a_task_of_your_own(tmp_path):
+    "The rates are tried with `held_out`, and the best is used with the task itself"
+    images,made = data.digits().take(256),[]
+    def task(kind, images):
+        def digits(opt_func):
+            made.append(kind)
+            return Learner(images.dls(), cnn(c_in=1), loss_func=CrossEntropyLossFlat(), metrics=accuracy, opt_func=opt_func)
+        return digits
+    kwargs = dict(data=task('task', images), opts='ranger,sgd', epochs=1, seeds=2, lr_grid=2, held_out=task('held out', images.split()), out=tmp_path)
+    compare(**kwargs, sched='flat_cos,one_cycle')
+    assert len(the_best_of_those_tried(tmp_path)) == 8 and made == 8*['held out'] + 8*['task']
+    compare(**kwargs, sched='flat_cos,one_cycle')
+    assert len(made) == 16
+
+def test_a_search_that_cannot_be_made(tmp_path):
+    def task(opt_func): raise AssertionError('nothing is made')
+    for kwargs,said in [(dict(lr_grid=2), 'held_out must be a function that validates on held-out training data where lr_grid chooses by it, got None'),
+                        (dict(lr_grid=2, held_out='digits'), 'held_out must be a function that validates on held-out training data where lr_grid chooses by it, got digits'),
+                        (dict(held_out=task), 'held_out goes with lr_grid, got it without'),
+                        (dict(lr_grid=2, held_out=task, n_tune=100), 'n_tune is for images, got 100 and a function'),
+                        (dict(data='digits', lr_grid=2, held_out=task), 'held_out is for a function that makes its own `Learner`')]:
+        with pytest.raises(ValueError, match=re.escape(said)): compare(**{'data': task, 'out': tmp_path/'out', **kwargs})
+    assert not (tmp_path/'out').exists()
+
 def test_the_census_table(tmp_path):
-    "The rate of each optimizer and schedule is the best of those tried"
-    from fastai_ranger.lab.report import best_rates
-    from fastai_ranger.lab.table import compare_on_adult
-    rng = np.random.default_rng(0)
+    "No row of the test set takes part in the search"
+    from fastai_ranger.lab.table import adult_learner,compare_on_adult
+    rng,file = np.random.default_rng(0),tmp_path/'adult.csv'
     words = {o: rng.choice(['a', 'b'], 320) for o in ('workclass', 'education', 'marital_status', 'occupation', 'relationship', 'race')}
     df = pd.DataFrame({**words, 'age': rng.normal(size=320), 'fnlwgt': rng.normal(size=320), 'education_num': rng.normal(size=320)})
-    df.assign(salary=np.where(df.age > 0, '>50K', '<=50K')).to_csv(tmp_path/'adult.csv', index=False)
-    compare_on_adult(tmp_path/'adult.csv', tmp_path/'out', 'ranger_muon,sgd', n_rates=2, seeds=1, epochs=1)
-    best = best_rates(pd.read_csv(tmp_path/'out'/'tune'/'results.csv')).lr
-    for sched in ('flat_cos', 'one_cycle'):
-        runs = pd.read_csv(tmp_path/'out'/sched/'results.csv').set_index('optimizer')
-        assert runs.lr.to_dict() == best.xs(sched, level='sched').to_dict()
+    df.assign(salary=np.where(df.age > 0, '>50K', '<=50K')).to_csv(file, index=False)
+    compare_on_adult(file, 'ranger_muon,sgd', lr_grid=2, seeds=1, epochs=1, out=tmp_path/'out')
+    assert set(the_best_of_those_tried(tmp_path/'out').sched) == {'flat_cos', 'one_cycle'}
+    dls = {o: adult_learner(file, o)(ranger_muon).dls for o in (False, True)}
+    (train,test),(part,picks) = [[set(o.items.index) for o in dls[k].loaders] for k in (False, True)]
+    assert len(test)==64 and train|test==set(df.index) and not train&test and part|picks==train and not part&picks
+
+def test_a_text(tmp_path):
+    "Both nets, on a text whose last tenth takes no part in the search"
+    from fastai_ranger.lab.text import compare_on_text,text_dls
+    file = tmp_path/'input.txt'
+    file.write_text(' '.join(map(str, range(400))) + '\n\n' + '#'*150)
+    for model in ('transformer', 'awd_lstm'):
+        compare_on_text(file, model, 'ranger_muon,adam', lr_grid=2, seeds=1, out=tmp_path/model)
+        assert len(the_best_of_those_tried(tmp_path/model)) == 2
+    whole,part = (text_dls(file, o, bs=1, seq_len=8) for o in (False, True))
+    def shown(dl): return ''.join(whole.vocab[i] for x,_ in dl for i in x[0])
+    assert part.vocab==whole.vocab and shown(whole.valid).count('#') > 100 and '#' not in shown(part.train)+shown(part.valid)
+    x,y = whole.train.one_batch()
+    assert torch.equal(x[:,1:], y[:,:-1])
+
+def test_the_transformer_does_not_look_ahead():
+    "A character changes no logit before its own, and the layers begin different"
+    from fastai_ranger.lab.text import CharTransformer
+    net,x = CharTransformer(5, 8).eval(),torch.arange(8)[None]%5
+    changed = x.clone()
+    changed[0,5] = 4
+    same = torch.isclose(net(x), net(changed), atol=1e-6).all(-1)[0]
+    assert same.tolist() == [True]*5+[False]*3
+    first,second = (o.linear1.weight for o in net.body.layers[:2])
+    assert not torch.equal(first, second)
