@@ -40,6 +40,7 @@ def _restart_on_load(learn):
     "Let every part of the model tell the optimizer when weights are loaded into it"
     if not hasattr(learn.opt, 'restart'): return
     for m in get_model(learn.model).modules():
+        if isinstance(m, torch.jit.ScriptModule): continue # which takes no such hook
         hooks = m._load_state_dict_post_hooks
         for k in [k for k,o in hooks.items() if isinstance(o, _RestartOnLoad)]: del hooks[k]
         m.register_load_state_dict_post_hook(_RestartOnLoad(learn.opt))
@@ -73,7 +74,7 @@ def fit_flat_cos(self:Learner,
     n_epoch:int, # Number of epochs, those that are skipped included
     lr=None, # Learning rate until the cosine begins; `None` for that of the `Learner`
     div_final:float=1e5, # How many times smaller it is at the end
-    pct_start:float=.75, # Where the cosine begins, in (0, 1)
+    pct_start:float=.75, # Where the cosine begins, in [0, 1]
     wd=None, # Weight decay; `None` for that of the `Learner`
     cbs=None, # Callbacks
     reset_opt=False, # Make a new optimizer?

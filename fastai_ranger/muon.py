@@ -92,10 +92,11 @@ def muon_radam_step(p, grad, step,
 
 # %% ../nbs/12_muon.ipynb #e7b69a05
 def spare_ends(
-    opt:MultiTensorOptimizer, # Optimizer of the parameters of `model`
+    opt:MultiTensorOptimizer, # Optimizer of the parameters of `model`, or that as `as_torch` makes it
     model:nn.Module # Its embeddings are spared, and its last linear layer or convolution
 ):
     "Let Muon leave the ends of `model` to RAdam"
+    opt = getattr(opt, 'inner', opt)
     if 'do_muon' not in getattr(opt, 'starts', ()): raise ValueError(f"`opt` must be an optimizer that has Muon, got {opt}")
     def layers(*kinds): return [m for m in model.modules() if isinstance(m, kinds)]
     ends = layers(nn.Embedding, nn.EmbeddingBag) + layers(nn.Linear, nn.modules.conv._ConvNd)[-1:]

@@ -9,6 +9,7 @@ __all__ = ['plot_rectification', 'plot_lookahead', 'FastAndSlow', 'UpdateSizes']
 import matplotlib.pyplot as plt,torch
 from fastai.callback.core import Callback
 from fastai.optimizer import SGD
+from fastai.torch_core import no_random
 from functools import partial
 from .stepper import hyper
 from .radam import rectify
@@ -86,13 +87,15 @@ class FastAndSlow(Callback):
         self.every = every
 
     def before_fit(self):
-        "`ValueError` if the optimizer keeps no slow weights"
+        "`ValueError` if the optimizer keeps no slow weights, or the model a hidden state, which another batch would change"
         self.run,self.rows = not hasattr(self.learn, 'lr_finder'),[]
         if not getattr(self.opt, 'has_slow_weights', False): raise ValueError(f"`FastAndSlow` needs an `opt_func` that keeps slow weights, got {self.opt}")
-        *self.xs,self.y = self.dls.valid.one_batch()
+        if hasattr(self.model, 'reset'): raise ValueError(f"`FastAndSlow` needs a model without a hidden state, got {type(self.model).__name__}, which has `reset`")
+        with no_random(): batch = self.dls.valid.one_batch()
+        self.xs,self.ys = batch[:self.dls.n_inp],batch[self.dls.n_inp:]
 
     def _loss(self):
-        with torch.no_grad(): return self.loss_func(self.model(*self.xs), self.y).item()
+        with torch.no_grad(): return self.loss_func(self.model(*self.xs), *self.ys).item()
 
     def after_batch(self):
         if self.train_iter%self.every: return
@@ -124,8 +127,8 @@ class UpdateSizes(Callback):
     def before_step(self): self.old = [[p.detach().clone() for p in pg] for pg in self.opt.param_lists]
 
     def after_step(self):
-        def norm(ts): return torch.stack(torch._foreach_norm(ts)).norm().item()
-        self.rows.append([norm(torch._foreach_sub(o, [p.detach() for p in pg]))/max(norm(o), 1e-12) for o,pg in zip(self.old, self.opt.param_lists)])
+        def norm(ts): return torch.stack(torch._foreach_norm(ts)).norm().item() if ts else 0.
+        self.rows.append([norm([a-p.detach() for a,p in zip(o, pg)])/max(norm(o), 1e-12) for o,pg in zip(self.old, self.opt.param_lists)])
         self.old = None
 
     def plot(self,

@@ -27,16 +27,23 @@ class TorchOptimizer(torch.optim.Optimizer):
         self.inner = opt_func([g['params'] for g in self.param_groups], lr=plain_hypers(self.param_groups)[0]['lr'], **hypers)
         if not isinstance(self.inner, MultiTensorOptimizer):
             raise ValueError(f"`as_torch` is for optimizers of fastai_ranger, got one that makes a {type(self.inner).__name__}")
-        self.state = self.inner.state
         self.defaults = {**self.inner.hypers[0], **({} if lr is None else {'lr': lr})}
-        for g,h in zip(self.param_groups, self.inner.hypers): g.update({**h, **g})
-        self._take_hypers() # which checks them
+        self._take_groups() # which checks their hypers
 
-    def _take_hypers(self):
-        "Let `inner` have the hypers of `param_groups`"
-        for k in self.inner.hypers[0]:
-            vs = [g[k] for g in self.param_groups]
-            if vs != [h[k] for h in self.inner.hypers]: self.inner.set_hyper(k, vs)
+    def _take_groups(self):
+        "Let `inner` have the parameters and hypers of `param_groups`"
+        inner,groups,usual = self.inner,self.param_groups,{k: self.defaults[k] for k in self.inner.hypers[0]}
+        inner.param_lists = L(g['params'] for g in groups)
+        if groups and len(groups) != len(inner.hypers): inner.hypers = L(dict(usual) for _ in groups)
+        for k,v in usual.items():
+            vs = [g.setdefault(k, v) for g in groups]
+            if groups and vs != [h[k] for h in inner.hypers]: inner.set_hyper(k, vs)
+
+    @property
+    def state(self): return self.inner.state
+    @state.setter
+    def state(self, v):
+        if hasattr(self, 'inner'): self.inner.state = v
 
     def step(self,
         closure=None # Function that makes the gradients, and returns the loss
@@ -45,7 +52,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        self._take_hypers()
+        self._take_groups()
         self.inner.step()
         return loss
 
@@ -56,12 +63,11 @@ class TorchOptimizer(torch.optim.Optimizer):
         if not hasattr(self, 'inner'): return super().add_param_group(param_group) # it is being made
         for k,v in param_group.items(): self.inner.check_hyper(k, v)
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        self.inner.param_lists = L(*self.inner.param_lists, L(group['params']))
-        self.inner.hypers = L(*self.inner.hypers, {k: group[k] for k in self.inner.hypers[0]})
+        self._take_groups()
 
     def state_dict(self):
         "As for any `torch.optim.Optimizer`; what `restart` has dropped is saved as its start value"
+        self._take_groups()
         sd = super().state_dict()
         ids = [o for g in sd['param_groups'] for o in g['params']]
         return {**sd, 'state': {i: s for i,s in zip(ids, self.inner.state_dict()['state']) if s}, 'param_groups': plain_hypers(sd['param_groups'])}
@@ -74,18 +80,22 @@ class TorchOptimizer(torch.optim.Optimizer):
             has = f"has {sorted(map(str, state_dict))}" if isinstance(state_dict, dict) else f"is a {type(state_dict).__name__}"
             raise ValueError(f"a PyTorch optimizer's checkpoint has `state` and `param_groups`, this one {has}")
         ids = [o for g in state_dict['param_groups'] for o in g['params']] # numbers, or names in a checkpoint of `torch.distributed`
+        self._take_groups()
         hypers = [{k: g[k] for k in self.inner.hypers[0] if k in g} for g in state_dict['param_groups']]
         sd = dict(state=[state_dict['state'].get(i, {}) for i in ids], hypers=hypers)
         fit_checkpoint(self.inner, sd)
         super().load_state_dict(state_dict)
         self.inner.load_state_dict(sd)
-        self.state = self.inner.state
+        for g,h in zip(self.param_groups, self.inner.hypers): g.update({**h, **g}) # what a checkpoint of another kind lacks
 
     def restart(self):
         "Begin anew from the weights there are now: see `MultiTensorOptimizer.restart`"
+        self._take_groups()
         self.inner.restart()
 
-    def __repr__(self): return repr(self.inner)
+    def __repr__(self):
+        self._take_groups()
+        return repr(self.inner)
     def __getstate__(self): return {**super().__getstate__(), 'inner': self.inner}
 
 def as_torch(

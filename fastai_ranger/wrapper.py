@@ -69,6 +69,7 @@ class _Ahead(MultiTensorOptimizer):
         @wraps(inner)
         def step(opt, *args, **kwargs):
             if torch.compiler.is_compiling(): return torch.compiler.disable(opt.step)(*args, **kwargs)
+            if getattr(opt, 'found_inf', None): return inner(*args, **kwargs) # of a `GradScaler`: a fused optimizer skips this update itself
             if args and callable(args[0]): args = _before_return(args[0], self.begin),*args[1:]
             elif kwargs.get('closure'): kwargs['closure'] = _before_return(kwargs['closure'], self.begin)
             else: self.begin()

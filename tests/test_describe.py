@@ -61,3 +61,7 @@ def test_fastai_s_ranger_after_ours(recwarn):
     learner(ranger).create_opt()
     assert not [o for o in recwarn if 'fastai_ranger' in str(o.message)]
     with pytest.warns(UserWarning, match="opt_func is fastai's own `ranger`"): learner(stock.ranger).create_opt()
+
+def test_weights_without_a_shape():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 6), nn.Linear(6, 1))
+    assert 'Muon for 1 of them, 65% of the numbers' in repr(ranger_muon(list(model.parameters()), lr=.1))

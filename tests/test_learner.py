@@ -58,3 +58,15 @@ def test_bare_loop():
         opt.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]*.9 and opt.hypers[0]['lr']==1e-3
+
+def test_a_scripted_model():
+    "Trains as it does unscripted"
+    ends = []
+    for script in (lambda o: o, torch.jit.script):
+        learn = learner(ranger)
+        learn.model = script(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
+        with torch.no_grad():
+            for p in learn.model.parameters(): p.fill_(.01)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+        ends.append(weights(learn))
+    assert torch.allclose(*ends, atol=1e-6) and (ends[0]-.01).abs().max() > .001

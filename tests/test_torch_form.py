@@ -1,5 +1,5 @@
 "`as_torch`: a `torch.optim.Optimizer` with the numbers of fastai's kind, in what PyTorch and Accelerate do with one"
-import copy, pickle, warnings
+import collections, copy, pickle, warnings
 
 import fastai.optimizer as stock
 import pytest
@@ -171,3 +171,63 @@ def test_accelerate_warns(opt_func):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         acc.prepare(nn.Linear(2, 2), as_torch(ranger)(ps, lr=.05))
+
+def test_other_parameters_in_a_group():
+    "Accelerate puts sharded parameters in the place of the old ones"
+    model,plain = net(),net()
+    opt,other = as_torch(ranger)(net().parameters(), lr=.05),ranger(list(plain.parameters()), lr=.05)
+    for g in opt.param_groups: g['params'] = list(model.parameters())
+    same(train(model, opt, 8), train(plain, other, 8))
+    assert '1 group, 4 tensors' in repr(opt) and set(opt.state_dict()['state']) == {0, 1, 2, 3}
+
+def test_groups_that_come_and_go_in_the_list():
+    model,plain = net(),net()
+    opt,other = (as_torch(ranger)([dict(params=m[i].parameters()) for i in (0, 2)], lr=.05) for m in (model, plain))
+    last = opt.param_groups.pop()
+    train(model, opt, 2)
+    same(model[2].parameters(), net()[2].parameters())
+    opt.param_groups.append({'params': last['params'], 'lr': .01})
+    train(model, opt, 2)
+    assert [h['lr'] for h in opt.inner.hypers] == [.05, .01] and opt.param_groups[1]['k'] == 6
+    opt.param_groups.clear()
+    opt.step()
+    assert repr(opt).startswith('ranger(')
+    opt.param_groups.append(last)
+    opt.param_groups[0]['lr'] = -1.
+    with pytest.raises(ValueError, match='`lr` must be'): opt.step()
+
+def test_state_that_is_emptied():
+    model = net()
+    opt = as_torch(ranger)(model.parameters(), lr=.05)
+    train(model, opt, 7)
+    opt.state = collections.defaultdict(dict)
+    again = net()
+    again.load_state_dict(model.state_dict())
+    same(train(model, opt, 8), train(again, as_torch(ranger)(again.parameters(), lr=.05), 8))
+
+@pytest.mark.filterwarnings('ignore:the checkpoint has no')
+@pytest.mark.parametrize('first,then', [(Adam, ranger), (RAdam, ranger), (muon, ranger_muon), (ranger, RAdam)])
+def test_a_checkpoint_of_another_kind(first, then):
+    "Loads as it does without `as_torch`, and what it lacks stays"
+    models,opts = [net(), net()],[]
+    for m,form in zip(models, (as_torch, lambda o: lambda ps, lr: o(list(ps), lr))):
+        old = form(first)(m.parameters(), lr=.05)
+        train(m, old, 3)
+        opts.append(form(then)(m.parameters(), lr=.1))
+        opts[-1].load_state_dict(old.state_dict())
+    assert opts[0].param_groups[0]['lr'] == .05 and set(opts[1].hypers[0]) <= set(opts[0].param_groups[0])
+    same(train(models[0], opts[0], 14), train(models[1], opts[1], 14))
+
+def test_repr_has_the_rate_of_now():
+    opt = as_torch(ranger)(net().parameters(), lr=.05)
+    opt.param_groups[0]['lr'] = .5
+    assert repr(opt).startswith('ranger(lr=0.5')
+
+def test_spares_what_a_learner_would():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    opt = as_torch(ranger_muon)(model.parameters(), lr=.1)
+    spare_ends(opt, model)
+    assert [n for n,p in model.named_parameters() if not opt.state.get(p, {}).get('do_muon', True)] == ['0.weight', '2.weight', '2.bias']
+    opt = as_torch(ranger_gc)(model.parameters(), lr=.1)
+    spare_embeddings(opt, model)
+    assert opt.state[model[0].weight] == {'do_gc': False}

@@ -485,3 +485,16 @@ def test_refused_with_nothing_changed_in_what_is_built(form):
     step = opt.step
     with pytest.raises(ValueError, match='slow weights already'): lookahead(form(opt))
     assert opt.step is step and walk(opt, p) == pytest.approx(there)
+
+@pytest.mark.parametrize('fused', (False, True))
+def test_updates_that_a_grad_scaler_skips(fused):
+    "A fused optimizer skips them in its kernel: Lookahead does not count them either"
+    p = torch.nn.Parameter(torch.ones(3))
+    opt,scaler = lookahead(torch.optim.AdamW([p], lr=.1, fused=fused)),torch.amp.GradScaler('cpu', init_scale=4.)
+    for i in range(8):
+        scaler.scale((p*(float('inf') if i in (0, 4) else 1.)).sum()).backward()
+        scaler.step(opt.opt) # PyTorch's own
+        scaler.update()
+        opt.zero_grad()
+    sd = opt.state_dict()
+    assert sd['state'][0]['step']==6 and [o['slow_step'] for o in sd['lookahead']['state']] == [6] and torch.equal(p, sd['lookahead']['state'][0]['slow'])
