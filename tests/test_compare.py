@@ -20,7 +20,7 @@ from fastai.metrics import accuracy
 from fastai_ranger.all import Adam, ranger_muon
 from fastai_ranger.lab import data
 from fastai_ranger.lab.compare import check_args, cnn, compare, digits_dls, learner_func, models, optimizers, ranger_compare, register, scheds, summarize, train_run
-from fastai_ranger.lab.report import best_rates,colors_of
+from fastai_ranger.lab.report import best_rates,colors_of,plot_curves
 from helpers import finish, fork, forked
 from PIL import Image
 from scipy.stats import ttest_rel
@@ -257,6 +257,8 @@ def test_an_optimizer_of_your_own(tmp_path, monkeypatch):
 def test_a_rate_in_the_name(tmp_path):
     df = rows('digits', opts='adam,adam:lr=.1', epochs=1, seeds=1, n_train=128, out=tmp_path)
     assert dict(zip(df.optimizer, df.lr)) == {'adam': 3e-3, 'adam:lr=.1': .1} and df.train_loss.nunique() == 2
+    ax = plot_curves(df).axes[0]
+    assert [o for o in ax.get_xticks() if ax.get_xlim()[0] < o < ax.get_xlim()[1]] == [1] # the only epoch
 
 @patch.dict(optimizers)
 def test_more_optimizers_than_colors(tmp_path):

@@ -168,7 +168,7 @@ def plot_curves(
     clock.set_title('over the seconds of training', fontsize=10)
     clock.set(xlabel='seconds', ylim=low)
     clock.tick_params(labelleft=False)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     end.set_title('at the end: each seed and the mean', fontsize=10)
     time.set_title('Seconds an epoch\n(darker: optimizer)', fontsize=10)
     for o in (end, time): o.set(yticks=range(len(table)), yticklabels=table.index, ylim=(len(table)-.5, -.5))
