@@ -15,10 +15,10 @@ class CharTransformer(Module):
     "Three layers of `nn.TransformerEncoder`, each of which sees only what came before"
     def __init__(self,
         n_vocab, # Number of different characters
-        seq_len, # Longest sequence
-        d=96 # Features of a character
+        seq_len # Longest sequence
     ):
-        self.seq_len,self.emb,self.pos = seq_len,nn.Embedding(n_vocab, d),nn.Embedding(seq_len, d)
+        d = 96
+        self.emb,self.pos = nn.Embedding(n_vocab, d),nn.Embedding(seq_len, d)
         layer = nn.TransformerEncoderLayer(d, 4, 4*d, activation='gelu', batch_first=True, norm_first=True)
         self.body = nn.TransformerEncoder(layer, 3, nn.LayerNorm(d), enable_nested_tensor=False)
         self.head = nn.Linear(d, n_vocab)
