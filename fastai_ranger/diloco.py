@@ -35,7 +35,7 @@ def _check_ranks(slow_step, slow, bad):
     for rank,n in enumerate(bad):
         if n: warn(f"rank {rank} has {n} weights that are not finite: they count as if they had not moved")
 
-@stepper(hypers=dict(k=lookahead_step.hypers['k']), shards='none')
+@stepper(hypers=dict(k=lookahead_step.hypers['k']), shards='none', syncs=True)
 def average_ranks(p, grad, slow, slow_step, k,
     fast=None, # Fast weights, if `p` holds the slow ones for the moment
     **kwargs
@@ -50,7 +50,7 @@ def average_ranks(p, grad, slow, slow_step, k,
     for o,new in zip(p, mean.split([o.numel() for o in p])): o.copy_(new.view_as(o))
 
 # %% ../nbs/17_diloco.ipynb #9a2657cf
-@stepper(state=dict(outer_avg=torch.zeros_like), hypers=dict(**lookahead_step.hypers, outer_mom=hyper(.9, 0, 1)), anchored='outer_avg')
+@stepper(state=dict(outer_avg=torch.zeros_like), hypers=dict(**lookahead_step.hypers, outer_mom=hyper(.9, 0, 1)), anchored='outer_avg', syncs=True)
 def outer_step(p, grad, slow, slow_step, k, alpha,
     outer_avg, # Momentum of the outer step
     outer_mom, # Its coefficient, in [0, 1)

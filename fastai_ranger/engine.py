@@ -30,45 +30,67 @@ def _store(states, k, v):
     for s,o in zip(states, each):
         if o is None: s.pop(k, None)
         else: s[k] = o
-    return each
+
+def _addresses(ts):
+    "Where each of `ts` is in memory; `None` if one is no tensor, or sparse"
+    try: return list(map(Tensor.data_ptr, ts))
+    except (TypeError, RuntimeError): return None
 
 class Bucket:
     "Parameters that are treated alike, with their states"
-    def __init__(self, group, params, states):
+    def __init__(self, group, params, states, index):
         self.group,self.params,self.states,self.local = group,params,states,local(params)
-        self.found,n = self._objects(),len(states[0]) # all states of the first parameter, then all of the next: every n-th is of one name
-        self.values = {k: v if isinstance(v, _plain) else local(self.found[i::n]) for i,(k,v) in enumerate(states[0].items())}
+        self.index = index # of `params` among all that have a gradient
+        self.names = list(states[0])
+        self.found = self._find()
+        self.values = {k: o[0] if isinstance(o[0], _plain) else local(o) for k,o in self.found.items()}
+        self.addresses = {k: _addresses(o) for k,o in self.found.items() if {*map(type, o)} == {Tensor}}
         lists = [o for o in self.values.values() if isinstance(o, list) and all(isinstance(t, Tensor) for t in o)]
         dense = [torch.empty_like(p, device='meta') for p in self.local]
         self.same_layout = all(strides(o)==strides(self.local) for o in (dense, local([p.grad for p in params]), *lists))
 
-    def _objects(self): return list(chain.from_iterable(map(dict.values, self.states)))
+    def _find(self):
+        "For each name, what the states hold now: a list"
+        objects,n = list(chain.from_iterable(map(dict.values, self.states))),len(self.names)
+        return {k: objects[i::n] for i,k in enumerate(self.names)} if len(objects)==n*len(self.states) else None
+
+    def _is_found(self, k, now):
+        "Is `now` what this bucket has found under `k`?"
+        if k in self.addresses: return _addresses(now)==self.addresses[k]
+        return now==self.found[k] if isinstance(self.found[k][0], _plain) else _same(now, self.found[k])
+
+    @property
+    def is_current(self):
+        "Do `states` hold what this bucket has put there, where it was in memory?"
+        now = self._find()
+        return now is not None and all(self._is_found(k, v) for k,v in now.items())
 
     def _shards(self, v):
         "`v`, with what belongs to a sharded parameter sharded as that is"
         if self.local is self.params or not isinstance(v, (list,tuple)): return v
         return [shard_like(o, p) if isinstance(o, Tensor) else o for o,p in zip(v, self.params)]
 
-    @property
-    def is_current(self):
-        "Do `states` hold what this bucket has put there?"
-        return _same(self._objects(), self.found)
-
-    def run(self, calls, hyper, grad):
+    def run(self, calls, hyper, grad,
+        changed=False # Has a stepper made `grad`, rather than PyTorch?
+    ):
         "Call each stepper once for all `params`, store the state they return, and return the gradients they leave"
-        new,same,grad = {},self.same_layout,local(grad)
+        new,same = {},self.same_layout
+        if self.local is not self.params: grad = local(grad)
         for f,settled in calls:
+            if f.dense and changed: check_alike(f, self.local, dict(grad=grad, **new))
             res = f.run(self.local, grad, {**self.values, **new, **settled, **hyper}, same) or {}
+            changed = changed or any(isinstance(v, list) for v in res.values())
             if 'grad' in res:
                 grad = res.pop('grad')
                 same = same and strides(grad)==strides(self.local)
             new.update(res)
         for k,v in new.items():
-            each = _store(self.states, k, self._shards(v))
             if k in self.values and v is not None and isinstance(v, _plain): # this bucket stays current
-                self.values[k] = v
-                self.found[list(self.values).index(k)::len(self.values)] = each
+                for s in self.states: s[k] = v
+                self.values[k],self.found[k] = v,[v]*len(self.states)
+            else: _store(self.states, k, self._shards(v))
         return self._shards(grad)
+
 
 # %% ../nbs/03_engine.ipynb #8e3731fd
 most_numbers = 2**24 # in a bucket on a CPU, about: what a stepper allocates for it stays small
@@ -88,6 +110,7 @@ class MultiTensorOptimizer(Optimizer):
         if not cbs: raise ValueError("`cbs` is empty: there is nothing to do in a step")
         if len(set(ps)) < len(ps): raise ValueError("`params` has a parameter more than once")
         self._declare(cbs, defaults)
+        defaults = {k: plain(v) for k,v in defaults.items()}
         super().__init__(params, cbs, **merge(*({k: v for k,v in f.defaults.items() if k not in settled} for f,settled in self.calls), defaults))
         for f,settled in self.calls:
             for k,v in settled.items(): self.check_hyper(k, v)
@@ -102,9 +125,10 @@ class MultiTensorOptimizer(Optimizer):
         self.phases = [(scope, list(calls)) for scope,calls in groupby(self.calls, lambda o: o[0].scope)]
         self.starts,self.anchored = merge(*(f.state for f in fs)),{k for f in fs for k in f.anchored}
         self.checks = [common, *(f.hypers for f in fs)]
-        self.names,self._last = {*hypers, *chain(*self.checks)},None
+        self.names = {*hypers, *chain(*self.checks)}
+        self._last,self._before = None,{} # buckets of the last step; weights and state from before a load
 
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('calls', 'phases', 'starts', 'anchored', 'checks', 'names', '_last')}
+    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('calls', 'phases', 'starts', 'anchored', 'checks', 'names', '_last', '_before')}
     def __setstate__(self, d):
         self.__dict__.update(d)
         self._declare(self.cbs, self.hypers[0])
@@ -115,9 +139,11 @@ class MultiTensorOptimizer(Optimizer):
     # Hypers
 
     def check_hyper(self, k, v):
-        "`ValueError` unless all steppers allow `v` for hyper `k`"
+        "`v`, as Python's number; `ValueError` unless all steppers allow it for hyper `k`"
+        v = plain(v)
         for o in self.checks:
-            if k in o: o[k].check(k, v)
+            if k in o: v = o[k].check(k, v)
+        return v
 
     def set_hypers(self, **kwargs):
         "Set several hypers, or none of them if one is refused"
@@ -130,44 +156,58 @@ class MultiTensorOptimizer(Optimizer):
     def set_hyper(self, k, v):
         "Set hyper `k` to `v`: a value for all groups, or a list or slice with one for each"
         check_name(k, self.names)
-        if getattr(v, 'ndim', None)==0: v = v.item() # a scalar of NumPy or PyTorch
+        v = plain(v)
         super().set_hyper(k, [v] if v is None else v)
 
-    def _set_hyper(self, k, v):
-        for o in v: self.check_hyper(k, o)
-        super()._set_hyper(k, v)
+    def _set_hyper(self, k, v): super()._set_hyper(k, [self.check_hyper(k, o) for o in v])
 
     # Buckets
 
     def buckets(self)->list: # `Bucket`s, in the order of their first parameters
         "The parameters that have a gradient, in buckets: those of the last step, as long as nothing they depend on changes"
-        now,last = self._fingerprint(),self._last
-        if not (last and now==last[0] and _same(list(self.state.values()), last[1]) and all(o.is_current for o in last[2])):
-            buckets = self._build_buckets()
-            self._last = now,list(self.state.values()),buckets
-        return self._last[2]
+        return self._take_buckets(*self._with_grad())
 
-    def _fingerprint(self):
-        "What the buckets depend on, besides state: which groups have equal hypers, which parameters have a gradient, and how both lie in memory"
-        hypers,ps = list(self.hypers),[p for pg in self.param_lists for p in pg if p.grad is not None]
-        groups,both = list(zip(map(hypers.index, hypers), map(len, self.param_lists))),local(ps+[p.grad for p in ps])
-        return groups,list(map(id, ps)),list(map(Tensor.data_ptr, both[:len(ps)])),[o.dtype for o in both],strides(both)
+    def _with_grad(self):
+        "Parameters that have a gradient, and their gradients"
+        ps = list(chain(*self.param_lists))
+        grads = [p.grad for p in ps]
+        if type(None) not in {*map(type, grads)}: return ps,grads
+        return [p for p,g in zip(ps, grads) if g is not None],[g for g in grads if g is not None]
+
+    def _take_buckets(self, ps, grads):
+        if self._before: self._forget(ps)
+        now,last = self._fingerprint(ps, grads),self._last
+        if not (last and now==last[0] and _same(ps, last[1]) and _same(list(self.state.values()), last[2]) and all(o.is_current for o in last[3])):
+            buckets = self._build_buckets()
+            self._last = now,ps,list(self.state.values()),buckets
+        return self._last[-1]
+
+    def _fingerprint(self, ps, grads):
+        "What the buckets depend on, besides state: which groups have equal hypers, and how parameters and gradients lie in memory"
+        hypers,here = list(self.hypers),local(ps)
+        if here is not ps: grads = local(grads)
+        groups = list(zip(map(hypers.index, hypers), map(len, self.param_lists)))
+        params = _addresses(here),list(map(Tensor.numel, here)),strides(here)
+        return groups,params,([g.dtype for g in grads],list(map(Tensor.numel, grads)),strides(grads))
 
     def _build_buckets(self):
         for name,p in self.named_params():
-            if p.grad is not None: check_grad(name, p, self.calls)
+            if p.grad is not None:
+                check_grad(name, p, self.calls)
+                check_state(name, p, self.state.get(p, {}), self.calls)
         hypers,res,current,sizes = list(self.hypers),[],{},{}
         rows = [(i, p, self.state[p]) for i,pg in zip(map(hypers.index, hypers), self.param_lists) for p in pg if p.grad is not None]
         self._start_state([(p, state) for _,p,state in rows])
-        for group,p,state in rows:
+        for i,(group,p,state) in enumerate(rows):
             plain = tuple((k,v) if isinstance(v, _plain) else (k,) for k,v in state.items())
             key = group,p.device,p.dtype,plain
             if key not in current or p.is_cpu and sizes[key]+p.numel() > most_numbers:
-                current[key],sizes[key] = (group, [], []),0
+                current[key],sizes[key] = (group, [], [], []),0
                 res.append(current[key])
-            _,params,states = current[key]
+            _,params,states,index = current[key]
             params.append(p)
             states.append(state)
+            index.append(i)
             sizes[key] += p.numel()
         return [Bucket(*o) for o in res]
 
@@ -187,13 +227,14 @@ class MultiTensorOptimizer(Optimizer):
     def step(self, closure=None):
         "Update every parameter that has a gradient"
         if torch.compiler.is_compiling(): return torch.compiler.disable(self.step)(closure) # kept lists of tensors cannot be part of a graph
-        if closure is not None: raise NotImplementedError("fastai optimizers do not take a closure")
-        first,changed = self.buckets(),{} # raises if a gradient cannot be stepped
+        if closure is not None: raise NotImplementedError("fastai's optimizers take no closure: make this one with `as_torch`, as in as_torch(ranger)(params, lr=...)")
+        (ps,grads),changed = self._with_grad(),{}
+        first = self._take_buckets(ps, grads) # raises if a gradient or state cannot be stepped
         for i,(scope,calls) in enumerate(self.phases):
             if scope=='alike':
                 for b in self.buckets() if i else first: # the phase before may have changed state
-                    given = [changed.get(p, p.grad) for p in b.params] if changed else [p.grad for p in b.params]
-                    grad = b.run(calls, self.hypers[b.group], given)
+                    given = [changed.get(p, p.grad) for p in b.params] if changed else [grads[j] for j in b.index]
+                    grad = b.run(calls, self.hypers[b.group], given, bool(changed))
                     if grad is not given and len(self.phases) > 1: changed.update(zip(b.params, grad))
             else: (self._run_all if scope=='all' else self._run_each)(calls, changed)
 
@@ -221,20 +262,57 @@ class MultiTensorOptimizer(Optimizer):
 
     # What a `Learner` does besides
 
-    def zero_grad(self):
+    def zero_grad(self,
+        set_to_none=True # Drop the gradients, rather than set them to zero?
+    ):
         "Drop all gradients"
-        for p in chain(*self.param_lists): p.grad = None
+        for p in chain(*self.param_lists):
+            if set_to_none: p.grad = None
+            elif p.grad is not None: p.grad.detach_().zero_()
 
     def clear_state(self):
         "Drop all state but the flags in `_keep_on_clear`"
         super().clear_state()
-        self._last = None # the buckets hold the tensors
+        self._last,self._before = None,{} # which hold tensors
 
-    def restart(self):
+    def restart(self,
+        params=None # Parameters, or `None` for all
+    ):
         "Begin anew from the weights there are now: drop the state that means nothing without those it was made for"
-        for _,_,state,_ in self.all_params():
-            for k in self.anchored: state.pop(k, None)
+        params = list(chain(*self.param_lists)) if params is None else list(params)
+        self._forget(params)
+        self._drop_anchored(params)
+
+    def _drop_anchored(self, params):
+        for p in params:
+            for k in self.anchored: self.state.get(p, {}).pop(k, None)
         self._last = None
+
+    def _forget(self, params):
+        for p in params: self._before.pop(p, None)
+
+    def before_load(self,
+        params # Parameters that are about to be loaded; what is not in this optimizer does not matter
+    ):
+        "Remember the weights of the last step, and the state that means nothing without them, for `after_load`"
+        for p in params:
+            state = self.state.get(p, {})
+            if p not in self._before and self.anchored & state.keys(): self._before[p] = local([p])[0].detach().clone(),dict(state)
+
+    def after_load(self,
+        params # Parameters that may have been loaded
+    ):
+        "Begin anew with those of `params` whose weights are not those of the last step; go on with the others"
+        for p in params:
+            if p not in self._before: # nothing to drop, or loaded without `before_load`
+                if self.anchored & self.state.get(p, {}).keys(): self._drop_anchored([p])
+                continue
+            weights,state = self._before[p]
+            if not torch.allclose(local([p])[0], weights, rtol=0, atol=0, equal_nan=True): self._drop_anchored([p])
+            elif not state.keys() <= self.state[p].keys(): # loaded back
+                whole = {**state, **self.state[p]}
+                self.state[p].clear()
+                self.state[p].update(whole)
 
     def freeze_to(self, n:int):
         "Freeze the first `n` groups (all but the last `-n`, if it is negative), but for what is always to be trained (`force_train`)"
@@ -252,5 +330,5 @@ class MultiTensorOptimizer(Optimizer):
         "Take over hypers and state from a copy of `sd`, of any optimizer of fastai; `ValueError`, and nothing is changed, if it does not fit"
         hypers,states,lacks = fit_checkpoint(self, sd)
         if lacks: warn(f"the checkpoint has no {', '.join(f'`{o}`' for o in lacks)}: started anew")
-        self.hypers,self._last = L(hypers),None
+        self.hypers,self._last,self._before = L(hypers),None,{}
         self.state = defaultdict(dict, zip(chain(*self.param_lists), states))

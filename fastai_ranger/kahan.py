@@ -35,7 +35,7 @@ def kahan_radam_step(p, grad, lr, wd=0., do_wd=True,
     return res
 
 # %% ../nbs/08_kahan.ipynb #282b05ed
-@stepper(state=dict(slow_comp=_start_comp), hypers=lookahead_step.hypers, anchored=('slow_comp',))
+@stepper(state=dict(slow_comp=_start_comp), hypers=lookahead_step.hypers, anchored=('slow_comp',), syncs=True)
 def kahan_lookahead_step(p, grad, slow, slow_step, k, alpha,
     comp=None, # What `p` lack
     slow_comp=None, # What `slow` lack

@@ -7,10 +7,11 @@ __all__ = ['slow_weights', 'lookahead_step']
 
 # %% ../nbs/05_lookahead.ipynb #1af35593
 import torch
-from fastcore.all import merge,patch
+from fastcore.all import patch
 from torch.nn import Parameter
 from .stepper import *
 from .kernels import *
+from .checkpoint import *
 from .engine import *
 
 # %% ../nbs/05_lookahead.ipynb #fd59d9ec
@@ -38,7 +39,7 @@ def _synchronise(p, slow, alpha):
             torch._foreach_copy_(w, s)
 
 # %% ../nbs/05_lookahead.ipynb #bc10bc0c
-@stepper(hypers=dict(k=hyper(6, 1, whole=True), alpha=hyper(.5, 0, 1, closed=True)))
+@stepper(hypers=dict(k=hyper(6, 1, whole=True), alpha=hyper(.5, 0, 1, closed=True)), syncs=True)
 def lookahead_step(p, grad, slow, slow_step, k, alpha, **kwargs):
     "Every `k` updates, move the slow weights `alpha` of the way to `p`, and `p` there"
     if not slow_step%k: _synchronise(p, slow, alpha)
@@ -53,8 +54,9 @@ def has_slow_weights(self:MultiTensorOptimizer)->bool:
 def _with_slow_weights(self:MultiTensorOptimizer):
     "Parameter, state and hypers, for each that has slow weights and is not frozen"
     if not self.has_slow_weights: raise ValueError("this optimizer keeps no slow weights: a stepper such as `slow_weights` is missing")
-    settled = merge(*(o for _,o in self.calls))
-    res = [(p, s, {**settled, **h}) for p,_,s,h in self.all_params() if 'slow' in s and (p.requires_grad or not isinstance(p, Parameter))]
+    res = [(p, s, h) for p,_,s,h in self.all_params() if 'slow' in s and (p.requires_grad or not isinstance(p, Parameter))]
+    names = {p: name for name,p in self.named_params()}
+    for p,s,_ in res: check_state(names[p], p, s, self.calls)
     self._start_state([(p, s) for p,s,_ in res])
     return res
 
@@ -78,10 +80,14 @@ def to_fast(self:MultiTensorOptimizer):
 @torch.no_grad()
 def sync(self:MultiTensorOptimizer):
     "Synchronise now, and begin a new cycle; after `to_slow`, the parameters stay as they are"
-    for p,s,h in self._with_slow_weights():
-        due = s['slow_step']%h['k'] or 'fast' in s or not torch.equal(*local([p, s['slow']])) # as after another `k`, or clipping
+    rows,calls = self._with_slow_weights(),[(f, settled) for f,settled in self.calls if f.syncs]
+    if not calls: raise ValueError("no stepper of this optimizer synchronises: declare the one that does with @stepper(..., syncs=True)")
+    for p,s,h in rows:
+        moved = 'fast' in s or not torch.equal(*local([p, s['slow']])) # as after another `k`, or clipping
+        own = [{**settled, **h} for _,settled in calls]
+        due = [moved or s['slow_step']%o['k'] for o in own]
         s['slow_step'] = 0 # of which any `k` is a divisor
-        values = {**{k: local([v]) if isinstance(v, torch.Tensor) else v for k,v in s.items()}, **h}
-        for f,_ in self.calls:
-            if due and 'k' in f.hypers: f.f(local([p]), [p.grad], **values)
+        values = {k: local([v]) if isinstance(v, torch.Tensor) else v for k,v in s.items()}
+        for (f,_),o,now in zip(calls, own, due):
+            if now: f.f(local([p]), [p.grad], **{**values, **o})
         s.pop('fast', None)

@@ -162,7 +162,9 @@ class LookaheadWrapper(OptimWrapper):
         self.ahead.freeze_to(n)
         self.frozen_idx = self.ahead.frozen_idx
 
-    def restart(self): self.ahead.restart()
+    def restart(self, params=None): self.ahead.restart(params)
+    def before_load(self, params): self.ahead.before_load(params)
+    def after_load(self, params): self.ahead.after_load(params)
     def to_slow(self): self.ahead.to_slow()
     def to_fast(self): self.ahead.to_fast()
     def sync(self): self.ahead.sync()
