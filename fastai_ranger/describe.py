@@ -8,9 +8,9 @@ __all__ = []
 # %% ../nbs/13_describe.ipynb #fd57d49d
 from itertools import chain
 from torch.nn.parameter import Parameter,is_lazy
-from .stepper import *
 from .engine import *
 from .wrapper import *
+import fastai_ranger.muon # `muon_params`
 
 # %% ../nbs/13_describe.ipynb #4cbf93af
 def _value(vs):
@@ -22,17 +22,12 @@ _first = 'lr','mom','sqr_mom','eps','wd','k','alpha'
 
 def _count(n, what): return f"{n} {what}{'s'*(n != 1)}"
 
-def _muons(opt, ps):
-    "Which of `ps` get Muon"
-    start = opt.starts.get('do_muon')
-    return [p for p in ps if not is_lazy(p) and opt.state.get(p, {}).get('do_muon', start and start_value(start, p, {}))]
-
 def _describe(self):
     hypers,lists = self.hypers,list(map(list, self.param_lists))
-    opt,ps = getattr(self, 'ahead', self),list(chain(*lists))
+    opt,ps = engine_of(self),list(chain(*lists))
     name = getattr(self, 'name', None) or f"{type(self).__name__} of {', '.join(f.__name__ for f,_ in opt.calls)}"
     parts = [f"{_count(len(lists), 'group')}, {_count(len(ps), 'tensor')}"]
-    if muons := _muons(opt, ps): parts.append(f"Muon for {len(muons)} of them, {sum(p.numel() for p in muons)/sum(p.numel() for p in ps if not is_lazy(p)):.0%} of the numbers")
+    if muons := opt.muon_params: parts.append(f"Muon for {len(muons)} of them, {sum(p.numel() for p in muons)/sum(p.numel() for p in ps if not is_lazy(p)):.0%} of the numbers")
     if frozen := sum(not p.requires_grad for p in ps if isinstance(p, Parameter)): parts.append(f'{frozen} frozen')
     steps,slow = ([s[k] for s in opt.state.values() if k in s] for k in ('step', 'slow_step'))
     if steps or slow: parts.append(f'step {max(steps or slow)}')

@@ -42,25 +42,39 @@ def restart_on_load(
     model:nn.Module # Its model
 ):
     "Let every part of `model` tell `opt` when weights are loaded into it: what is given other weights begins anew"
+    engine = engine_of(opt)
     for m in model.modules():
         if isinstance(m, torch.jit.ScriptModule): continue # which takes no such hook
         for hooks in m._load_state_dict_pre_hooks,m._load_state_dict_post_hooks:
             for k in [k for k,o in hooks.items() if isinstance(getattr(o, 'hook', o), _TellOnLoad)]: del hooks[k]
-        m.register_load_state_dict_pre_hook(_TellOnLoad(opt, 'before_load'))
-        m.register_load_state_dict_post_hook(_TellOnLoad(opt, 'after_load'))
+        m.register_load_state_dict_pre_hook(_TellOnLoad(engine, 'before_load'))
+        m.register_load_state_dict_post_hook(_TellOnLoad(engine, 'after_load'))
 
 # %% ../nbs/14_learner.ipynb #d4249e73
 _create_opt = Learner.create_opt
+
+def _check_opt_func(opt_func):
+    "`TypeError` if `opt_func` makes an optimizer of PyTorch, which a `Learner` cannot use as it is"
+    f,kwargs = (opt_func.func,opt_func.keywords) if isinstance(opt_func, partial) else (opt_func,{})
+    if not (isinstance(f, type) and issubclass(f, torch.optim.Optimizer)): return
+    if 'opt_func' in kwargs: # of `as_torch`
+        name = name_of(kwargs['opt_func'])
+        raise TypeError(f"`as_torch` is for loops without a `Learner`: write opt_func={name}, not opt_func=as_torch({name})")
+    raise TypeError(f"a `Learner` cannot use PyTorch's {f.__name__} as it is: write opt_func=lookahead({f.__name__}), or partial(OptimWrapper, opt={f.__name__})")
 
 @patch
 def create_opt(self:Learner):
     "fastai's `create_opt`; the model says which weights to centralize and which get Muon, and the optimizer begins anew when weights are loaded"
     if self.opt_func is stock.ranger: warn("opt_func is fastai's own `ranger`: for fastai_ranger's, import it after fastai, `from fastai_ranger import ranger`", stacklevel=2)
+    _check_opt_func(self.opt_func)
     _create_opt(self)
     fs = {f for f,_ in self.opt.calls} if isinstance(self.opt, MultiTensorOptimizer) else set()
     if fs & {centralize, centralized_radam_step}: spare_embeddings(self.opt, self.model)
     if 'do_muon' in getattr(self.opt, 'starts', ()): spare_ends(self.opt, self.model)
-    if hasattr(self.opt, 'after_load'): restart_on_load(self.opt, get_model(self.model))
+    _restart_on_load(self)
+
+def _restart_on_load(learn):
+    if isinstance(learn.opt, (MultiTensorOptimizer, LookaheadWrapper)): restart_on_load(learn.opt, get_model(learn.model))
 
 # %% ../nbs/14_learner.ipynb #f2e0c1b9
 _setstate = Learner.__setstate__
@@ -68,7 +82,7 @@ _setstate = Learner.__setstate__
 @patch
 def __setstate__(self:Learner, state):
     _setstate(self, state)
-    if getattr(self, 'model', None) is not None and hasattr(self.opt, 'after_load'): restart_on_load(self.opt, get_model(self.model))
+    if getattr(self, 'model', None) is not None: _restart_on_load(self)
 
 # %% ../nbs/14_learner.ipynb #27e4f162
 fit_flat_cos_of_fastai,_share = Learner.fit_flat_cos,hyper(lo=0, hi=1, closed=True)

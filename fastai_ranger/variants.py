@@ -80,11 +80,11 @@ def centralized_radam_step(p, grad,
 
 # %% ../nbs/10_variants.ipynb #f181e204
 def spare_embeddings(
-    opt:MultiTensorOptimizer, # Optimizer of the parameters of `model`, or that as `as_torch` makes it
+    opt, # Optimizer of the parameters of `model`, that as `as_torch` makes it, or one that Accelerate has prepared
     model:nn.Module # Its `nn.Embedding`s and `nn.EmbeddingBag`s are spared
 ):
     "Let gradient centralization leave the embeddings of `model` alone"
-    opt = getattr(opt, 'inner', opt)
+    opt = engine_of(opt)
     ps = {p for pg in opt.param_lists for p in pg}
     for m in model.modules():
         if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.weight in ps: opt.state[m.weight]['do_gc'] = False

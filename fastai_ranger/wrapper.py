@@ -8,6 +8,7 @@ __all__ = ['LookaheadWrapper', 'make_opt', 'name_of', 'put_lookahead', 'lookahea
 # %% ../nbs/09_wrapper.ipynb #bb60d7f0
 import torch
 import fastai.optimizer as stock
+from collections.abc import MutableMapping
 from functools import partial,wraps
 from inspect import signature
 from types import MethodType
@@ -109,6 +110,19 @@ class _Ahead(MultiTensorOptimizer):
         self._loaded = None
 
 # %% ../nbs/09_wrapper.ipynb #8698e221
+class _GroupHypers(MutableMapping):
+    "The hypers of one parameter group of a `LookaheadWrapper`, to read and to set"
+    def __init__(self, opt, i): self.opt,self.i = opt,i
+    def __getitem__(self, k): return self.opt._all_hypers(self.i)[k]
+    def __iter__(self): return iter(self.opt._all_hypers(self.i))
+    def __len__(self): return len(self.opt._all_hypers(self.i))
+    def __delitem__(self, k): raise TypeError(f"`{k}` cannot be removed: an optimizer keeps the hypers it was made with")
+    def __repr__(self): return repr(dict(self))
+    def __setitem__(self, k, v):
+        vs = [h.get(k) for h in self.opt.hypers]
+        vs[self.i] = v
+        self.opt.set_hyper(k, vs)
+
 class LookaheadWrapper(OptimWrapper):
     "fastai's `OptimWrapper` for a PyTorch optimizer inside Lookahead"
     has_slow_weights = True
@@ -125,7 +139,9 @@ class LookaheadWrapper(OptimWrapper):
     state = property(lambda self: self.ahead.state)
 
     @property
-    def hypers(self): return [{**a, **b} for a,b in zip(super().hypers, self.ahead.hypers)]
+    def hypers(self): return [_GroupHypers(self, i) for i in range(len(self.param_lists))]
+
+    def _all_hypers(self, i): return {**super().hypers[i], **self.ahead.hypers[i]}
 
     def set_hyper(self,
         k, # Name, of Lookahead or of the optimizer inside
@@ -133,12 +149,14 @@ class LookaheadWrapper(OptimWrapper):
     ):
         "Set a hyper"
         check_name(k, self.hypers[0])
-        (self.ahead if k in self.ahead.hypers[0] else super()).set_hyper(k, v)
+        (self.ahead if k in self.ahead.hypers[0] else super()).set_hyper(k, plain(v))
 
     def _set_hyper(self, k, v):
-        for o in v:
-            if not isinstance(o, Tensor): self.ahead.check_hyper(k, o)
-        super()._set_hyper(k, v)
+        v = [self.ahead.check_hyper(k, o) for o in v]
+        held = [h[k] for h in super().hypers]
+        for o,new in zip(held, v):
+            if isinstance(o, Tensor): o.fill_(new) # as PyTorch's schedulers do
+        super()._set_hyper(k, [o if isinstance(o, Tensor) else new for o,new in zip(held, v)])
 
     def set_hypers(self,
         **kwargs # Values by name, as for `set_hyper`
@@ -163,8 +181,6 @@ class LookaheadWrapper(OptimWrapper):
         self.frozen_idx = self.ahead.frozen_idx
 
     def restart(self, params=None): self.ahead.restart(params)
-    def before_load(self, params): self.ahead.before_load(params)
-    def after_load(self, params): self.ahead.after_load(params)
     def to_slow(self): self.ahead.to_slow()
     def to_fast(self): self.ahead.to_fast()
     def sync(self): self.ahead.sync()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from fastai_ranger.all import *
+from fastai_ranger.torch_form import to_torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import SWALR
@@ -90,7 +91,7 @@ def test_groups():
     with pytest.raises(ValueError, match='`mom` must be'): opt.add_param_group(dict(params=model[2].parameters(), mom=8.))
     assert len(opt.param_groups) == len(opt.inner.hypers) == 1
     opt.add_param_group(dict(params=model[2].parameters(), mom=.8))
-    assert [(g['lr'], g['k'], g['mom'], g['wd']) for g in opt.param_groups] == [(.01, 3, .95, .1), (.05, 6, .8, .1)]
+    assert [(g['lr'], g['k'], g['betas'], g['weight_decay']) for g in opt.param_groups] == [(.01, 3, (.95, .99), .1), (.05, 6, (.8, .99), .1)]
     train(model, opt, 4)
     assert [(h['lr'], h['k'], h['mom']) for h in opt.inner.hypers] == [(.01, 3, .95), (.05, 6, .8)]
 
@@ -215,7 +216,7 @@ def test_a_checkpoint_of_another_kind(first, then):
         train(m, old, 3)
         opts.append(form(then)(m.parameters(), lr=.1))
         opts[-1].load_state_dict(old.state_dict())
-    assert opts[0].param_groups[0]['lr'] == .05 and set(opts[1].hypers[0]) <= set(opts[0].param_groups[0])
+    assert opts[0].param_groups[0]['lr'] == .05 and set(to_torch(opts[1].hypers[0])) <= set(opts[0].param_groups[0])
     same(train(models[0], opts[0], 14), train(models[1], opts[1], 14))
 
 def test_repr_has_the_rate_of_now():
@@ -227,7 +228,7 @@ def test_spares_what_a_learner_would():
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     opt = as_torch(ranger_muon)(model.parameters(), lr=.1)
     spare_ends(opt, model)
-    assert [n for n,p in model.named_parameters() if not opt.state.get(p, {}).get('do_muon', True)] == ['0.weight', '2.weight', '2.bias']
+    assert [n for n,p in model.named_parameters() if not opt.state.get(p, {}).get('do_muon', True)] == ['0.weight', '2.weight']
     opt = as_torch(ranger_gc)(model.parameters(), lr=.1)
     spare_embeddings(opt, model)
     assert opt.state[model[0].weight] == {'do_gc': False}

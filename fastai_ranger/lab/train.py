@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['scheds', 'models', 'recipes', 'find_model', 'ArgumentError', 'make_folder', 'write_file', 'StepTimer', 'CPUAutocast',
-           'Checkpoint', 'learner_func', 'train_run']
+           'Checkpoint', 'learner_func', 'train_run', 'bf16_ratio']
 
 # %% ../../nbs/lab/01_train.ipynb #f3bc41da
 from time import perf_counter
@@ -151,3 +151,19 @@ def train_run(
     learn.add_cbs([StepTimer(), Checkpoint(file), *cbs])
     with learn.no_bar(), learn.no_logging(): scheds[sched](learn, epochs, lr, start_epoch=len(learn.checkpoint.rows))
     return learn.checkpoint.rows
+
+# %% ../../nbs/lab/01_train.ipynb #9f1e0002
+def bf16_ratio(
+    learn, # A `Learner`, which is not trained afterwards
+    n:int=16 # Images, at least 2
+)->float: # Above 1 where bfloat16 is slower
+    "How many times as long as in float32 a batch takes in bfloat16 mixed precision on this CPU, forwards and backwards"
+    xb,yb = [o[:n] for o in learn.dls.train.one_batch()]
+    def seconds(on):
+        start = perf_counter()
+        with torch.autocast('cpu', torch.bfloat16, enabled=on): loss = learn.loss_func(learn.model(xb), yb)
+        loss.backward()
+        return perf_counter()-start
+    for on in (False, True): seconds(on) # which loads the kernels
+    pairs = [(seconds(True), seconds(False)) for _ in range(3)]
+    return min(a for a,_ in pairs)/min(b for _,b in pairs)
