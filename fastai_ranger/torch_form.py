@@ -19,7 +19,8 @@ from .checkpoint import *
 _fastai_names = {'weight_decay': 'wd', 'momentum': 'mom'}
 _of_tools = {'initial_lr', 'max_lr', 'min_lr', 'base_lr', 'swa_lr', 'lr_scale', 'lr_mult', 'max_momentum', 'base_momentum', 'param_names',
              'name', 'names', 'group_name', 'foreach', 'fused'} # what schedulers and other tools keep in a group
-_cannot = {'amsgrad', 'capturable', 'centered', 'dampening', 'differentiable', 'maximize', 'nesterov', 'use_muon'} # when they are not 0 or False
+_only = {**dict.fromkeys(('amsgrad', 'capturable', 'centered', 'dampening', 'differentiable', 'maximize', 'nesterov', 'use_muon'), False),
+         'decoupled_weight_decay': True} # options of other optimizers, and the value that asks for nothing else than is done
 
 def to_fastai(
     group # Hypers by PyTorch's names, or fastai's
@@ -81,8 +82,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         for k,v in hypers.items():
             if k in usual: self.inner.check_hyper(k, v)
             elif k=='use_muon' and has_muon: self._check_muon(switch.check(k, v), given['params'])
-            elif k in _cannot and v: raise ValueError(f"{self.inner.name} has no `{k}`, a parameter group says {k}={v!r}")
-            elif k not in _of_tools | _cannot:
+            elif k in _only:
+                if bool(v) is not _only[k]: raise ValueError(f"{self.inner.name} has no `{k}`, a parameter group says {k}={v!r}")
+            elif k not in _of_tools:
                 known = [*self.defaults, *usual, *(['use_muon'] if has_muon else [])]
                 if near := get_close_matches(k, known, 1): raise ValueError(f"there is no hyper `{k}` for a parameter group: did you mean `{near[0]}`?")
                 warn(f"`{k}` in a parameter group is no hyper of {self.inner.name}: it stays there, and changes nothing", stacklevel=4)

@@ -90,6 +90,26 @@ def test_no_slow_weights(f):
     with pytest.raises(ValueError, match='keeps no slow weights'): getattr(opt, f)()
     getattr(ranger([param(1.)], lr=.1), f)() # not begun yet
 
+@stepper(hypers=dict(k=hyper(2, 1, whole=True)))
+def pull_to_zero(p, grad, k, alpha=.5, slow_step=0, **kwargs):
+    "Has a `k` and an `alpha` of its own, and synchronises nothing"
+    if not slow_step%k: torch._foreach_mul_(p, alpha)
+
+@pytest.mark.parametrize('settled', (dict(k=4, alpha=1.), dict(k=4)))
+def test_sync_runs_what_synchronises(settled):
+    "and no other stepper, each with its own keywords"
+    p = param(0.)
+    opt = MultiTensorOptimizer([p], [slow_weights, sgd_step, partial(lookahead_step, **settled), partial(pull_to_zero, k=100, alpha=.25)], lr=1.)
+    steps(opt, 1)
+    assert p.item() == -1
+    opt.sync()
+    assert p.item() == -settled.get('alpha', .5)
+
+def test_nothing_synchronises():
+    opt = MultiTensorOptimizer([param(0.)], [slow_weights, sgd_step, partial(pull_to_zero, k=100)], lr=1.)
+    steps(opt, 1)
+    with pytest.raises(ValueError, match='no stepper of this optimizer synchronises.*syncs=True'): opt.sync()
+
 def test_frozen_weights_stay():
     a,b = param(1.), param(1.)
     opt = sgd_ahead([[a], [b]])

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from fastai_ranger.all import *
 from fastai_ranger.torch_form import to_torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import SWALR
 
 opt_funcs = pytest.mark.parametrize('opt_func', (ranger, RAdam, Adam, ranger_muon, ranger_gc, ranger21, lookahead(stock.SGD)))
@@ -94,6 +94,129 @@ def test_groups():
     assert [(g['lr'], g['k'], g['betas'], g['weight_decay']) for g in opt.param_groups] == [(.01, 3, (.95, .99), .1), (.05, 6, (.8, .99), .1)]
     train(model, opt, 4)
     assert [(h['lr'], h['k'], h['mom']) for h in opt.inner.hypers] == [(.01, 3, .95), (.05, 6, .8)]
+
+def no_gradients(opt, n=3):
+    for _ in range(n):
+        for g in opt.param_groups:
+            for p in g['params']: p.grad = torch.zeros_like(p)
+        opt.step()
+
+def ones(*shape): return nn.Parameter(torch.ones(*shape, dtype=torch.float64))
+
+@opt_funcs
+def test_groups_have_pytorchs_names(opt_func):
+    "Three updates at zero gradient decay as those of PyTorch's own do"
+    a,b = ones(1),ones(1)
+    if 'wd' not in opt_func([ones(1)], lr=.1).hypers[0]: return
+    opt = as_torch(opt_func)([dict(params=[a], weight_decay=.5), dict(params=[b], weight_decay=0.)], lr=.1)
+    if 'norm_loss' in opt.param_groups[0]:
+        for g in opt.param_groups: g['norm_loss'] = 0.
+    assert [g['weight_decay'] for g in opt.param_groups] == [.5, 0.] and [h['wd'] for h in opt.inner.hypers] == [.5, 0.]
+    no_gradients(opt)
+    assert b.item() == 1
+    if opt_func is ranger21 or 'l2_reg' in str(opt.inner.cbs): return # which divides decay by the variance
+    plain = opt_func([a2 := ones(1)], lr=.1, wd=.5)
+    for _ in range(3):
+        a2.grad = torch.zeros_like(a2)
+        plain.step()
+    assert torch.equal(a, a2) and a.item() < .97
+
+def test_decays_as_adamw():
+    a,b,x,y = (ones(1) for _ in range(4))
+    groups = lambda p, q: [dict(params=[p], weight_decay=.5), dict(params=[q], weight_decay=0.)]
+    for opt in (as_torch(Adam)(groups(a, b), lr=.1), torch.optim.AdamW(groups(x, y), lr=.1)): no_gradients(opt)
+    torch.testing.assert_close((a, b), (x, y))
+    assert a.item() == pytest.approx(.95**3)
+
+def test_names_in_the_call_in_a_group_and_later():
+    model = net()
+    opt = as_torch(ranger)([dict(params=model[0].parameters(), betas=(.5, .9)), dict(params=model[2].parameters(), momentum=.7)], lr=.05, weight_decay=.2)
+    assert [(g['betas'], g['weight_decay']) for g in opt.param_groups] == [((.5, .9), .2), ((.7, .99), .2)]
+    assert not any({'wd', 'mom', 'sqr_mom', 'momentum'} & set(g) for g in opt.param_groups)
+    opt.param_groups[0].update(betas=[.6, .8], weight_decay=.3)
+    opt.param_groups[1].update(mom=.8, wd=.4) # fastai's names, as in version 0.1
+    train(model, opt, 1)
+    assert [(h['mom'], h['sqr_mom'], h['wd']) for h in opt.inner.hypers] == [(.6, .8, .3), (.8, .99, .4)]
+    assert opt.param_groups[1]['betas'] == (.8, .99) and not {'wd', 'mom'} & set(opt.param_groups[1])
+    assert opt.defaults['betas'] == (.95, .99) and opt.defaults['weight_decay'] == .2
+    sgd = as_torch(lookahead([average_grad, momentum_step]))(net().parameters(), lr=.1, momentum=.8)
+    assert sgd.param_groups[0]['momentum'] == .8 == sgd.inner.hypers[0]['mom']
+
+@pytest.mark.parametrize('group,message', [
+    (dict(sqrmom=.5), 'there is no hyper `sqrmom`.*did you mean `sqr_mom`'), (dict(weight_decy=.5), 'did you mean `weight_decay`'), (dict(beta1=.5), 'did you mean `beta'),
+    (dict(betas=.9), '`betas` must be a pair of numbers, got 0.9'), (dict(betas=(.9, 2.)), '`sqr_mom` must be .*got 2.0'), (dict(weight_decay=-1), '`wd` must be .*got -1'),
+    (dict(wd=.1, weight_decay=.1), '`wd` and `weight_decay` set the same hyper'), (dict(momentum=.9, betas=(.9, .99)), '`momentum` and `betas` set the same hyper'),
+    (dict(maximize=True), 'ranger has no `maximize`, a parameter group says maximize=True'), (dict(amsgrad=True), 'ranger has no `amsgrad`'), (dict(use_muon=True), 'ranger has no `use_muon`')])
+def test_groups_that_are_refused(group, message):
+    "when the optimizer is made, and when the group is added, with nothing changed"
+    a,b = net(),net()
+    with pytest.raises(ValueError, match=message): as_torch(ranger)([dict(params=a.parameters(), **group)], lr=.1)
+    opt = as_torch(ranger)(a.parameters(), lr=.1)
+    before = str(opt.state_dict())
+    with pytest.raises(ValueError, match=message): opt.add_param_group(dict(params=b.parameters(), **group))
+    assert str(opt.state_dict()) == before and len(opt.inner.hypers) == len(opt.param_groups) == 1
+
+def test_what_tools_keep_stays():
+    kept = dict(initial_lr=.1, max_lr=.2, lr_scale=.5, name='body', foreach=None, fused=True, maximize=False, amsgrad=False)
+    model = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        opt = as_torch(ranger)([dict(params=model.parameters(), **kept)], lr=.1)
+    train(model, opt, 3)
+    again = as_torch(ranger)(net().parameters(), lr=.3)
+    again.load_state_dict(opt.state_dict())
+    for o in (opt, again): assert kept.items() <= o.param_groups[0].items()
+    with pytest.warns(UserWarning, match='`depth` in a parameter group is no hyper of ranger: it stays there'): as_torch(ranger)([dict(params=model.parameters(), depth=3)], lr=.1)
+
+def test_groups_of_a_pytorch_optimizer():
+    "go over as they are"
+    model = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        opt = as_torch(Adam)(torch.optim.AdamW(model.parameters(), lr=.02, weight_decay=.3, betas=(.8, .9)).param_groups, lr=.1)
+    assert [opt.inner.hypers[0][k] for k in ('lr', 'wd', 'mom', 'sqr_mom')] == [.02, .3, .8, .9]
+
+def test_muon_by_group():
+    w,v,b = ones(4, 3),ones(4, 3),ones(4)
+    opt = as_torch(ranger_muon)([dict(params=[w], use_muon=True), dict(params=[v, b], use_muon=False)], lr=.1)
+    for _ in range(7):
+        for p in (w, v, b): p.grad = torch.ones_like(p)
+        opt.step()
+    assert len(opt.muon_params) == 1 and opt.muon_params[0] is w and [g['use_muon'] for g in opt.param_groups] == [True, False]
+    assert 'sqr_avg' in opt.state[v] and 'sqr_avg' not in opt.state[w]
+    with pytest.raises(ValueError, match=r'use_muon=True and a parameter of shape \(4,\)'): as_torch(ranger_muon)([dict(params=[b], use_muon=True)], lr=.1)
+    with pytest.raises(ValueError, match='`use_muon` must be one of True, False, got 1'): as_torch(ranger_muon)([dict(params=[w], use_muon=1)], lr=.1)
+
+@pytest.mark.parametrize('sched', (lambda o: OneCycleLR(o, .1, total_steps=21), lambda o: CyclicLR(o, .01, .1, step_size_up=5)))
+@pytest.mark.parametrize('opt_func', (ranger, ranger_muon, RAdam, lookahead([average_grad, momentum_step])))
+def test_schedulers_cycle_the_momentum(opt_func, sched):
+    "by default, as with PyTorch's own"
+    a,b = net(),net()
+    opt = as_torch(opt_func)(a.parameters(), lr=.05)
+    betas = 'betas' in opt.defaults
+    theirs = torch.optim.RAdam(b.parameters(), lr=.05, betas=(.9, .99)) if betas else torch.optim.SGD(b.parameters(), lr=.05, momentum=.9)
+    scheds = sched(opt),sched(theirs)
+    for _ in range(20):
+        train(a, opt, 1, scheds[0])
+        train(b, theirs, 1, scheds[1])
+        for k in ('lr', 'betas' if betas else 'momentum'): assert opt.param_groups[0][k] == theirs.param_groups[0][k]
+    opt.step()
+    assert opt.inner.hypers[0]['mom'] == (opt.param_groups[0]['betas'][0] if betas else opt.param_groups[0]['momentum'])
+
+def test_a_checkpoint_of_version_01():
+    "has fastai's names in its groups"
+    model,other = net(),net()
+    opt = as_torch(ranger)(model.parameters(), lr=.05)
+    train(model, opt, 8)
+    sd = copy.deepcopy(opt.state_dict())
+    for g in sd['param_groups']:
+        g['mom'],g['sqr_mom'] = g.pop('betas')
+        g['wd'] = g.pop('weight_decay')
+    other.load_state_dict(model.state_dict())
+    again = as_torch(ranger)(other.parameters(), lr=.3, wd=.5)
+    again.load_state_dict(sd)
+    assert again.param_groups[0].keys() == opt.param_groups[0].keys()
+    same(train(other, again, 8), train(model, opt, 8))
 
 def test_closures_hooks_and_errors():
     model,calls = net(),[]

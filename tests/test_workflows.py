@@ -19,7 +19,10 @@ from fastai.torch_core import params
 from fastai_ranger.all import *
 from fastcore.all import L
 from fastai_ranger.lab.workflows import clip, digits_learner, export, fit, largest, resume, skipped_steps, stand_still, swap, weights, workflows
-from helpers import Float64, Overflow, param, same, sgd_ahead, state, steps
+from fastai_ranger.lab.registry import optimizers
+from fastai_ranger.lab.workflows import slow_of
+from fastai_ranger.learner import restart_on_load
+from helpers import Float64, Overflow, equal, has_slow, param, records, same, sgd_ahead, state, steps
 
 stock_is_right = {clip, swap, skipped_steps, resume, export}
 each = pytest.mark.parametrize('f,right', [o[2:] for o in workflows], ids=[o[2].__name__ for o in workflows])
@@ -123,6 +126,127 @@ assert 'slow' in learn.opt.state[model.weight]
 model.load_state_dict({k: v+1 for k,v in model.state_dict().items()})
 assert 'slow' not in learn.opt.state[model.weight]
 """
+
+def pair():
+    "A net and its target, as in DQN or BYOL, and a `Learner` that has an optimizer"
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict(dict(net=torch.nn.Linear(2, 1), target=torch.nn.Linear(2, 1).requires_grad_(False)))
+    return model
+
+all_with_lookahead = pytest.mark.parametrize('info', [o for o in records if has_slow(o.opt_func([param(1.)], lr=o.lr))], ids=lambda o: o.name)
+
+def with_optimizer(model, info):
+    learn = Learner([], model, loss_func=torch.nn.MSELoss(), opt_func=info.opt_func, lr=info.lr)
+    learn.create_opt()
+    return learn
+
+def update(learn, n):
+    for _ in range(n):
+        for p in learn.model.parameters():
+            if p.requires_grad: p.grad = torch.ones_like(p)
+        learn.opt.step()
+
+def scaled(model, by): return {k: v*by for k,v in model.state_dict().items()}
+
+@all_with_lookahead
+def test_a_target_net_that_is_loaded(info):
+    "is no load into what is trained: every synchronisation comes"
+    ends = []
+    for loads in (True, False):
+        model = pair()
+        learn = with_optimizer(model, info)
+        for _ in range(13):
+            update(learn, 1)
+            if loads: model.target.load_state_dict(model.net.state_dict())
+        assert learn.opt.state[model.net.weight]['slow_step'] == 13
+        ends.append(weights(model.net))
+    assert equal(*ends)
+
+@all_with_lookahead
+def test_weights_that_are_loaded_and_put_back(info):
+    "as an average of the weights, to validate on: training goes on to the bit"
+    ends = []
+    for visits in (False, True):
+        model = pair()
+        learn = with_optimizer(model, info)
+        for i in range(13):
+            update(learn, 1)
+            own = {k: v.clone() for k,v in model.state_dict().items()}
+            if not visits: continue
+            for _ in range(2):
+                model.load_state_dict(scaled(model, .5))
+                assert 'slow' not in learn.opt.state[model.net.weight] # loaded for good, for all one knows
+            model.load_state_dict(own)
+        ends.append((weights(model), slow_of(learn.opt)))
+    assert equal(ends[0][0], ends[1][0]) and equal(ends[0][1], ends[1][1])
+
+@all_with_lookahead
+def test_what_is_loaded_begins_anew_and_nothing_else(info):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    learn = with_optimizer(model, info)
+    def begun(): return ['slow' in learn.opt.state[p] for p in model.parameters()]
+    update(learn, 4)
+    model.load_state_dict(model.state_dict())
+    model.load_state_dict({'1.bias': torch.full((2,), 7.)}, strict=False)
+    assert begun() == [True, True, True, False] # at once
+    model[1].load_state_dict({'weight': torch.full((2, 2), 7.)}, strict=False)
+    assert begun() == [True, True, False, False]
+    learn.opt.set_hypers(**{k: 0. for k in ('lr', 'wd', 'norm_loss') if k in learn.opt.hypers[0]})
+    update(learn, 7)
+    assert (model[1].weight==7).all() and (model[1].bias==7).all()
+    assert [learn.opt.state[p]['slow_step'] for p in model.parameters()] == [11, 11, 7, 7]
+    for by in (1.5, 2.): # twice between two updates
+        model.load_state_dict(scaled(model, by))
+        assert not any(begun())
+
+def test_a_load_back_after_an_update_is_a_load():
+    model = pair()
+    learn = with_optimizer(model, optimizers['ranger'])
+    update(learn, 4)
+    own = {k: v.clone() for k,v in model.state_dict().items()}
+    model.load_state_dict(scaled(model, .5))
+    update(learn, 1)
+    model.load_state_dict(own)
+    assert 'slow' not in learn.opt.state[model.net.weight] and not learn.opt.state[model.net.weight].keys() & {'slow_step', 'fast'}
+
+def test_loads_around_other_events():
+    "`restart`, a cleared state, a checkpoint of the optimizer, weights that are no numbers, a part that loads itself"
+    class OfItsOwn(torch.nn.Linear):
+        def _load_from_state_dict(self, sd, prefix, *args):
+            with torch.no_grad(): self.weight.copy_(sd[prefix+'weight'])
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), OfItsOwn(2, 2))
+    learn = with_optimizer(model, optimizers['ranger'])
+    opt,(w,v) = learn.opt,(model[0].weight, model[1].weight)
+    update(learn, 4)
+    own = {k: v.clone() for k,v in model.state_dict().items()}
+    model.load_state_dict(scaled(model, .5))
+    assert 'slow' not in opt.state[w] and 'slow' not in opt.state[v]
+    opt.restart()
+    model.load_state_dict(own)
+    assert 'slow' not in opt.state[w]
+    update(learn, 3)
+    sd = copy.deepcopy(opt.state_dict())
+    model.load_state_dict(own)
+    opt.load_state_dict(sd)
+    assert opt.state[w]['slow_step'] == 3
+    model.load_state_dict(own)
+    assert opt.state[w]['slow_step'] == 3
+    with torch.no_grad(): w[0,0] = torch.nan
+    update(learn, 1)
+    model.load_state_dict(model.state_dict())
+    assert opt.state[w]['slow_step'] == 4
+
+def test_a_loop_of_ones_own():
+    model = pair()
+    opt = as_torch(ranger)([p for p in model.parameters() if p.requires_grad], lr=.1)
+    restart_on_load(opt, model)
+    for _ in range(7):
+        model.net.weight.grad = torch.ones_like(model.net.weight)
+        opt.step()
+        model.target.load_state_dict(model.net.state_dict())
+    assert opt.state[model.net.weight]['slow_step'] == 7
+    model.load_state_dict(scaled(model, 2.))
+    assert 'slow' not in opt.state[model.net.weight]
 
 def test_the_one_import_is_enough():
     "`from fastai_ranger import ranger` without the rest: loading restarts Lookahead"
