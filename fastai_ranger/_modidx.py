@@ -708,6 +708,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'fastai_ranger/torch_form.py'),
                                           'fastai_ranger.torch_form.TorchOptimizer.step': ( 'torch_form.html#torchoptimizer.step',
                                                                                             'fastai_ranger/torch_form.py'),
+                                          'fastai_ranger.torch_form._is_same': ('torch_form.html#_is_same', 'fastai_ranger/torch_form.py'),
                                           'fastai_ranger.torch_form._once': ('torch_form.html#_once', 'fastai_ranger/torch_form.py'),
                                           'fastai_ranger.torch_form.as_torch': ('torch_form.html#as_torch', 'fastai_ranger/torch_form.py'),
                                           'fastai_ranger.torch_form.to_fastai': ( 'torch_form.html#to_fastai',

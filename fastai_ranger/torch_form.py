@@ -51,6 +51,8 @@ def _once(hypers):
         if a in hypers and b in hypers: raise ValueError(f"`{a}` and `{b}` set the same hyper: give one of them")
     return to_fastai(hypers)
 
+def _is_same(a, b): return type(a) is type(b) and a==b # 1 is not True
+
 class TorchOptimizer(torch.optim.Optimizer):
     "A `torch.optim.Optimizer` whose steps are made by one of fastai's kind"
     def __init__(self,
@@ -80,7 +82,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         usual,hypers = self._usual,_once(given)
         has_muon = 'do_muon' in self.inner.starts
         for k,v in hypers.items():
-            if k in usual: self.inner.check_hyper(k, v)
+            if k in usual: hypers[k] = self.inner.check_hyper(k, v)
             elif k=='use_muon' and has_muon: self._check_muon(switch.check(k, v), given['params'])
             elif k in _only:
                 if bool(v) is not _only[k]: raise ValueError(f"{self.inner.name} has no `{k}`, a parameter group says {k}={v!r}")
@@ -103,9 +105,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         if len(groups) != len(inner.hypers): inner.hypers = L(dict(usual) for _ in groups)
         own = [to_fastai(g) for g in groups]
         new = {k: [plain(o.get(k, v)) for o in own] for k,v in usual.items()}
-        inner.set_hypers(**{k: vs for k,vs in new.items() if vs != [h[k] for h in inner.hypers]})
+        inner.set_hypers(**{k: vs for k,vs in new.items() if not all(_is_same(v, h[k]) for v,h in zip(vs, inner.hypers))})
         for g,h in zip(groups, inner.hypers):
-            if g.keys() & {'mom', 'sqr_mom', 'wd'} or any(g.get(k) != v for k,v in to_torch(h).items()): self._show(g, h)
+            self._show(g, h)
             if g.get('use_muon', True) is False:
                 for p in g['params']: inner.state[p].setdefault('do_muon', False)
 
