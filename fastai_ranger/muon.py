@@ -103,8 +103,9 @@ _heads = {'head', 'heads', 'classifier', 'predictor', 'projection'}
 def _is_layer(m): return isinstance(m, _layers) or any(f'{c.__module__}.{c.__qualname__}' in _others for c in type(m).__mro__)
 
 def _weights(m):
-    "Parameters of the layer `m` itself, those that a parametrization has put aside included"
-    return [*m.parameters(recurse=False), *(m.parametrizations.parameters() if hasattr(m, 'parametrizations') else [])]
+    "Weights of the layer `m` itself, those that a parametrization has put aside included"
+    own = [p for n,p in m.named_parameters(recurse=False) if 'bias' not in n]
+    return own + list(m.parametrizations.parameters() if hasattr(m, 'parametrizations') else [])
 
 def _end_layers(m): return [o for o in m.modules() if isinstance(o, _ends)]
 def _n_in(m):

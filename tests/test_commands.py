@@ -1,5 +1,5 @@
 "The commands, word for word as a person sees them, in a terminal and in a file"
-import os, pty, re, runpy, subprocess, sys
+import os, platform, pty, re, runpy, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,7 @@ from helpers import fork
 bin = Path(sys.executable).parent
 env = {**os.environ, 'COLUMNS': '120', 'OMP_NUM_THREADS': '1'}
 
-def run(*args, cwd, terminal=False, strict=False):
+def run(*args, cwd, terminal=False, strict=False, env=env):
     "What a command writes, exit status first; `strict`: a warning is an error"
     args = [*([sys.executable, '-W', 'error'] if strict else []), bin/args[0], *args[1:]]
     if not terminal:
@@ -45,6 +45,16 @@ After # epoch, over n seeds: mean and standard deviation (sd). diff is the mean 
 points of accuracy, ci# half its #% interval, p from a paired t-test. opt is the optimizer's share of the training
 time, s/epoch.
 Wrote out/results.csv, out/curves.png, out/report.md"""
+
+def test_bfloat16_on_a_cpu_that_has_none(tmp_path):
+    "is said in a line, with how much slower it is, and the command goes on: here oneDNN may use no more than AVX2"
+    args = ['ranger-compare', 'digits', '--opts', 'adam', '--epochs', '1', '--seeds', '1', '--n-train', '128', '--precision', 'bf16']
+    status,out = run(*args, '--out', 'slow', cwd=tmp_path, strict=True, env={**env, 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'ATEN_CPU_CAPABILITY': 'avx2'})
+    line = re.search(r'^16 images in bfloat16 take (\S+) times as long as in float32 on this CPU(.*)$', out, re.MULTILINE)
+    assert status == 0 and (tmp_path/'slow/results.csv').exists() and line
+    if platform.machine() == 'x86_64': assert float(line[1]) > 1.5 and line[2] == ': --precision fp32 is faster'
+    status,out = run(*args[:-2], '--out', 'full', cwd=tmp_path)
+    assert status == 0 and 'bfloat16' not in out
 
 def test_compare_into_a_file(tmp_path):
     status,out = run(*compared, cwd=tmp_path, strict=True)

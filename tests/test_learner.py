@@ -9,7 +9,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import params, set_seed
-from fastai_ranger.all import ranger
+from fastai_ranger.all import as_torch, lookahead, ranger, ranger_muon
 from fastai_ranger.lab.data import cnn, digits_dls
 
 def learner(opt_func, **kwargs):
@@ -70,3 +70,28 @@ def test_a_scripted_model():
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
         ends.append(weights(learn))
     assert torch.allclose(*ends, atol=1e-6) and (ends[0]-.01).abs().max() > .001
+
+@pytest.mark.parametrize('opt_func,message', [
+    (as_torch(ranger), r'write opt_func=ranger, not opt_func=as_torch\(ranger\)'), (partial(as_torch(ranger_muon), wd=.1), 'write opt_func=ranger_muon'),
+    (torch.optim.SGD, r'write opt_func=lookahead\(SGD\), or partial\(OptimWrapper, opt=SGD\)'), (partial(torch.optim.AdamW, weight_decay=.1), 'write opt_func=lookahead')])
+@pytest.mark.parametrize('splitter', (params, halves))
+def test_an_optimizer_of_pytorchs_kind(opt_func, message, splitter):
+    "is refused where it is made, with what to write"
+    learn = learner(opt_func, splitter=splitter)
+    for f in (learn.create_opt, lambda: learn.fit(1)):
+        with pytest.raises(TypeError, match=message): f()
+    assert learn.opt is None
+
+@pytest.mark.parametrize('opt_func', (ranger, ranger_muon, lookahead(torch.optim.SGD), lookahead(stock.SGD)))
+def test_zero_grad_as_pytorchs_loops_call_it(opt_func):
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    opt = opt_func([p], lr=.1)
+    for kwargs,left in ((dict(set_to_none=True), None), ({}, None), (dict(set_to_none=False), 0.)):
+        p.grad = (kept := torch.ones(2, 2))
+        opt.zero_grad(**kwargs)
+        if left is None: assert p.grad is None and (kept==1).all()
+        else: assert p.grad is kept and (kept==0).all()
+        opt.zero_grad(**kwargs) # where there may be no gradient
+
+def test_a_closure_says_what_to_write():
+    with pytest.raises(NotImplementedError, match=r'make this one with `as_torch`'): ranger([torch.nn.Parameter(torch.ones(2))], lr=.1).step(lambda: 0)
