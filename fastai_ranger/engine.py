@@ -310,7 +310,8 @@ class MultiTensorOptimizer(Optimizer):
                 if self.anchored & self.state.get(p, {}).keys(): self._drop_anchored([p])
                 continue
             weights,state = self._before[p]
-            if not torch.allclose(local([p])[0], weights, rtol=0, atol=0, equal_nan=True): self._drop_anchored([p])
+            now = local([p])[0]
+            if now.shape != weights.shape or not torch.allclose(now, weights, rtol=0, atol=0, equal_nan=True): self._drop_anchored([p])
             elif not state.keys() <= self.state[p].keys(): # loaded back
                 whole = {**state, **self.state[p]}
                 self.state[p].clear()

@@ -2,10 +2,13 @@
 import copy, math, os, pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from fastai_ranger.all import *
+from fastai_ranger.learner import restart_on_load
+from fastai_ranger.torch_form import to_torch
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from helpers import as_it_is, channels_last, flat, has_slow, holes, inner, records, through_a_file, turned, twin_of
@@ -38,6 +41,7 @@ class Model:
         self.cbs = [partial(torch_step, made=type(opt))] if inner(twin) else list(opt.cbs)
         self.n = getattr(opt, 'n', len(self.cbs)) # steppers before Ranger21's mean of all
         self.hypers,self.group,self.weights,self.grads,self.state,self.slow,self.count,self.frozen = [],[],[],[],[],[],[],0
+        self.before = {} # of each that was loaded since its last update: its weights, slow weights and count from before
 
     def add(self, ps, hypers):
         for p in ps:
@@ -59,6 +63,7 @@ class Model:
     @torch.no_grad()
     def step(self):
         on = [i for i,g in enumerate(self.grads) if g is not None]
+        for i in on: self.before.pop(i, None)
         for i in on:
             self.weights[i].grad = self.grads[i].clone()
             self.start(i)
@@ -80,7 +85,23 @@ class Model:
         s += self.hypers[self.group[i]]['alpha']*(torch.where(w.isfinite(), w, s)-s)
         w.copy_(s)
 
-    def restart(self): self.slow = [None]*len(self.slow)
+    def restart(self): self.slow,self.before = [None]*len(self.slow),{}
+
+    @torch.no_grad()
+    def load(self, new):
+        "Weights by number: what is given other ones begins anew, and what gets its own back goes on"
+        for i,w in new.items():
+            if self.slow[i] is not None: self.before.setdefault(i, (self.weights[i].clone(), self.slow[i], self.count[i]))
+            self.weights[i].copy_(w)
+            if i not in self.before: continue
+            was,slow,count = self.before[i]
+            if torch.allclose(was, w, rtol=0, atol=0, equal_nan=True): self.slow[i],self.count[i] = slow,count
+            else: self.slow[i] = None
+
+    def reshape(self, i, w):
+        self.weights[i],self.grads[i],self.slow[i] = nn.Parameter(w.clone()),None,None
+        self.state[i] = {k: v for k,v in self.state[i].items() if k=='do_wd'}
+        self.before.pop(i, None)
 
     def clear(self):
         self.restart()
@@ -170,22 +191,31 @@ class Fuzz(RuleBasedStateMachine):
     @rule()
     def add_group(self):
         self.gs.append([self.parameter(torch.linspace(-1, 1, n, dtype=torch.float64)) for n in (3, 2)])
-        (self.made if self.as_torch else self.opt.opt).add_param_group(dict(params=self.gs[-1], lr=self.info.lr/2))
-        last = self.model.hypers[-1]
-        self.model.add(map(here, self.gs[-1]), {**self.usual, 'lr': self.info.lr/2, **({} if self.as_torch else {k: last[k] for k in ('k', 'alpha')})})
+        own = {'lr': self.info.lr/2, **({'weight_decay': .2} if self.as_torch and 'wd' in self.usual else {})}
+        (self.made if self.as_torch else self.opt.opt).add_param_group(dict(params=self.gs[-1], **own))
+        last,hypers = self.model.hypers[-1],{**self.usual, 'lr': own['lr']}
+        if 'weight_decay' in own: hypers['wd'] = own['weight_decay']
+        if not self.as_torch: hypers.update({k: last[k] for k in ('k', 'alpha')})
+        self.model.add(map(here, self.gs[-1]), hypers)
         self.tie()
 
-    @rule(values=st.dictionaries(st.sampled_from(['lr', 'wd', 'mom', 'k', 'alpha']), st.tuples(*[st.floats(0, 1)]*3), min_size=1))
-    def hypers(self, values):
+    @rule(values=st.dictionaries(st.sampled_from(['lr', 'wd', 'mom', 'k', 'alpha']), st.tuples(*[st.floats(0, 1)]*3), min_size=1),
+          form=st.sampled_from([lambda x: x, np.array, torch.tensor, lambda x: np.float64(x) if isinstance(x, float) else np.int64(x)]), torchs_names=st.booleans())
+    def hypers(self, values, form, torchs_names):
         ranges = dict(lr=lambda x: 2*x*self.info.lr, wd=lambda x: .3*x, mom=lambda x: .5+.48*x, k=lambda x: 1+int(6*x), alpha=lambda x: x)
         new = {k: [ranges[k](x) for x in v[:len(self.gs)]] for k,v in values.items() if k in self.usual}
-        for groups in [self.model.hypers, *([self.made.param_groups] if self.as_torch else [])]:
-            for i,g in enumerate(groups): g.update({k: v[i] for k,v in new.items()})
-        if not self.as_torch: self.opt.set_hypers(**new)
+        for i,h in enumerate(self.model.hypers): h.update({k: v[i] for k,v in new.items()})
+        if form is torch.tensor: form = partial(torch.tensor, dtype=torch.float64)
+        given = [{k: form(v[i]) for k,v in new.items()} for i in range(len(self.gs))]
+        if not self.as_torch: return self.opt.set_hypers(**{k: [o[k] for o in given] for k in new})
+        for g,h,own in zip(self.made.param_groups, self.model.hypers, given):
+            both = to_torch({**{k: v for k,v in h.items() if k in ('mom', 'sqr_mom')}, **own}) if torchs_names else own
+            g.update({k: v for k,v in both.items() if k in g or not torchs_names})
 
     @rule(how=st.sampled_from([copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))]))
     def copy(self, how):
         self.made,self.gs = how((self.made, self.gs))
+        self.model.before = {}
         self.give([None]*len(self.model.grads))
         self.tie()
 
@@ -199,6 +229,7 @@ class Fuzz(RuleBasedStateMachine):
         self.made = self.make(self.info.lr*3)
         self.made.load_state_dict(sd)
         self.model.drop()
+        self.model.before = {}
         self.tie()
 
     @rule()
@@ -227,6 +258,37 @@ class Fuzz(RuleBasedStateMachine):
     @rule(layout=st.sampled_from([turned, channels_last, torch.Tensor.contiguous]))
     def turn(self, layout):
         for p in flat(self.gs): p.data = layout(p.data)
+        self.tie()
+
+    def load(self, new):
+        ps = nn.ParameterList(flat(self.gs))
+        restart_on_load(self.made, ps)
+        ps.load_state_dict({str(i): w for i,w in new.items()}, strict=False)
+        self.model.load(new)
+
+    @precondition(lambda self: not self.sharded)
+    @rule(which=st.sets(st.integers(0, 5), min_size=1), by=st.sampled_from([.5, 1., 2.]), back=st.booleans())
+    def load_some(self, which, by, back):
+        "other weights, or those that are there; and, perhaps, back"
+        own = {i: self.model.weights[i].detach().clone() for i in which}
+        if by < 1: self.load({i: torch.full_like(w, by) for i,w in own.items()})
+        else: self.load({i: w*by for i,w in own.items()})
+        if back: self.load(own)
+
+    @precondition(lambda self: not self.sharded)
+    @rule(i=st.integers(0, 5))
+    def other_shape(self, i):
+        "A parameter that grows: refused until its state is dropped"
+        p = flat(self.gs)[i]
+        if not self.model.trained(i): return
+        p.grad,p.data = None,torch.linspace(-1, 1, p.numel()//max(1, len(p) if p.ndim else 1)*(len(p)+1 if p.ndim else 2), dtype=p.dtype).view(len(p)+1 if p.ndim else 2, *p.shape[1:])
+        if any(isinstance(v, torch.Tensor) for v in self.opt.state.get(p, {}).values()):
+            p.grad = torch.ones_like(p)
+            with pytest.raises(ValueError, match='cannot step parameter .* in place of'): self.made.step()
+            p.grad = None
+        for opt in (self.opt, *([inner(self.opt)] if inner(self.opt) else [])): opt.state.pop(p, None)
+        self.model.reshape(i, p.detach())
+        if i==1: self.opt.state[p]['do_wd'] = False
         self.tie()
 
     def started(self): return [i for i,s in enumerate(self.model.slow) if s is not None and self.model.trained(i)]
