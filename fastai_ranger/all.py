@@ -9,8 +9,8 @@ from .wrapper import lookahead,LookaheadWrapper
 from .variants import (ranger_gc,ranger_va,ranger_qh,ranger_adabelief,ranger_lars,fastai_hypers,spare_embeddings,inside_lookahead,
     centralize,centralized_radam_step,fused_amsgrad_step,qh_step,adabelief_step,lars_radam_step)
 from .ranger_2021 import ranger21,adaptive_clip,normalize_grad,average_pnm,max_sqr_avg,pnm_step,stable_decay,norm_loss_step,sched_ranger21
-from .muon import muon,ranger_muon,orthogonalize,muon_step,muon_radam_step,spare_ends
+from .muon import muon,ranger_muon,orthogonalize,muon_step,muon_radam_step,hidden_weights,spare_ends
 from .torch_form import as_torch,TorchOptimizer
 from .plot import plot_rectification,plot_lookahead,FastAndSlow,UpdateSizes
 from .diloco import diloco,DiLoCoTrainer,average_ranks,outer_step
-from .learner import ranger_lr
+from .learner import ranger_lr,restart_on_load

@@ -166,6 +166,7 @@ def spare_ends(
     found = (hidden or (own or [hidden_weights])[0])(model)
     found = set(found.values() if isinstance(found, dict) else found)
     params = {p for pg in engine.param_lists for p in pg} & set(model.parameters())
+    if not params: raise ValueError("`opt` has no parameter of `model`")
     for name,p in model.named_parameters():
         if p in found & params and not (is_lazy(p) or _is_matrix(p)): raise ValueError(f"`hidden` has {name}, of shape {tuple(p.shape)}: Muon is for matrices")
     for p in params: _set_muon(engine.state[p], p in found, not is_lazy(p) and _is_matrix(p))
