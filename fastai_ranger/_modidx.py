@@ -688,6 +688,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'fastai_ranger/torch_form.py'),
                                           'fastai_ranger.torch_form.TorchOptimizer._check_muon': ( 'torch_form.html#torchoptimizer._check_muon',
                                                                                                    'fastai_ranger/torch_form.py'),
+                                          'fastai_ranger.torch_form.TorchOptimizer._check_names': ( 'torch_form.html#torchoptimizer._check_names',
+                                                                                                    'fastai_ranger/torch_form.py'),
                                           'fastai_ranger.torch_form.TorchOptimizer._show': ( 'torch_form.html#torchoptimizer._show',
                                                                                              'fastai_ranger/torch_form.py'),
                                           'fastai_ranger.torch_form.TorchOptimizer._take_groups': ( 'torch_form.html#torchoptimizer._take_groups',

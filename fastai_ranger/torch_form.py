@@ -64,7 +64,8 @@ class TorchOptimizer(torch.optim.Optimizer):
     ):
         super().__init__(params, dict(lr=lr))
         if any(g['lr'] is None for g in self.param_groups): raise TypeError("an optimizer needs a learning rate: give lr=..., or one for each parameter group")
-        self.inner = opt_func([g['params'] for g in self.param_groups], lr=self.param_groups[0]['lr'], **_once(hypers))
+        hypers = {k: plain(v) for k,v in _once(dict(lr=self.param_groups[0]['lr'], **hypers)).items()}
+        self.inner = opt_func([g['params'] for g in self.param_groups], **hypers)
         if not isinstance(self.inner, MultiTensorOptimizer):
             raise ValueError(f"`as_torch` is for optimizers of fastai_ranger, got one that makes a {type(self.inner).__name__}")
         self.defaults = to_torch({**self.inner.hypers[0], **({} if lr is None else {'lr': self.inner.check_hyper('lr', lr)})})
@@ -103,6 +104,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         inner.param_lists = L(g['params'] for g in groups)
         if not groups: return
         if len(groups) != len(inner.hypers): inner.hypers = L(dict(usual) for _ in groups)
+        for g,h in zip(groups, inner.hypers): self._check_names(g, to_torch(h))
         own = [to_fastai(g) for g in groups]
         new = {k: [plain(o.get(k, v)) for o in own] for k,v in usual.items()}
         inner.set_hypers(**{k: vs for k,vs in new.items() if not all(_is_same(v, h[k]) for v,h in zip(vs, inner.hypers))})
@@ -110,6 +112,11 @@ class TorchOptimizer(torch.optim.Optimizer):
             self._show(g, h)
             if g.get('use_muon', True) is False:
                 for p in g['params']: inner.state[p].setdefault('do_muon', False)
+
+    def _check_names(self, group, shown):
+        "`ValueError` if a hyper was written into `group` by two names since it looked as `shown`"
+        for a,b in ('wd', 'weight_decay'),('mom', 'betas'),('sqr_mom', 'betas'),('mom', 'momentum'):
+            if a in group and b in group and group[b] != shown.get(b): raise ValueError(f"`{a}` and `{b}` set the same hyper: give one of them")
 
     def _show(self, group, hypers):
         "Write `hypers` into `group`, by PyTorch's names alone"

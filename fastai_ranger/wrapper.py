@@ -210,7 +210,7 @@ def make_opt(params, opt_func, **kwargs):
     if is_listy(opt_func): return MultiTensorOptimizer(params, opt_func, **kwargs)
     f = opt_func.func if isinstance(opt_func, partial) else opt_func
     if isinstance(f, type) and issubclass(f, torch.optim.Optimizer): return OptimWrapper(params, opt_func, **kwargs)
-    return opt_func(params, **kwargs)
+    return opt_func(params, **{k: plain(v) for k,v in kwargs.items()}) # fastai's take Python's numbers only
 
 def name_of(opt_func):
     "What to call `opt_func` in a message"

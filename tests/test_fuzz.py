@@ -208,6 +208,7 @@ class Fuzz(RuleBasedStateMachine):
         if form is torch.tensor: form = partial(torch.tensor, dtype=torch.float64)
         given = [{k: form(v[i]) for k,v in new.items()} for i in range(len(self.gs))]
         if not self.as_torch: return self.opt.set_hypers(**{k: [o[k] for o in given] for k in new})
+        repr(self.made) # takes over what was written by other names before
         for g,h,own in zip(self.made.param_groups, self.model.hypers, given):
             both = to_torch({**{k: v for k,v in h.items() if k in ('mom', 'sqr_mom')}, **own}) if torchs_names else own
             g.update({k: v for k,v in both.items() if k in g or not torchs_names})

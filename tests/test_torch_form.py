@@ -138,6 +138,10 @@ def test_names_in_the_call_in_a_group_and_later():
     train(model, opt, 1)
     assert [(h['mom'], h['sqr_mom'], h['wd']) for h in opt.inner.hypers] == [(.6, .8, .3), (.8, .99, .4)]
     assert opt.param_groups[1]['betas'] == (.8, .99) and not {'wd', 'mom'} & set(opt.param_groups[1])
+    for ours,theirs in ((dict(wd=.1), dict(weight_decay=.7)), (dict(mom=.1), dict(betas=(.7, .8)))):
+        other = as_torch(ranger)(net().parameters(), lr=.05)
+        other.param_groups[0].update(**ours, **theirs)
+        with pytest.raises(ValueError, match='set the same hyper: give one of them'): other.step()
     assert opt.defaults['betas'] == (.95, .99) and opt.defaults['weight_decay'] == .2
     sgd = as_torch(lookahead([average_grad, momentum_step]))(net().parameters(), lr=.1, momentum=.8)
     assert sgd.param_groups[0]['momentum'] == .8 == sgd.inner.hypers[0]['mom']

@@ -3,6 +3,7 @@ import copy, inspect, math
 from fractions import Fraction
 from functools import partial
 
+import fastai.optimizer as stock
 import fastai_ranger.all as everything
 import numpy as np
 import pytest
@@ -80,6 +81,9 @@ def ahead_of_torchs(k, v):
     opt = lookahead(torch.optim.SGD, **({k: v} if k in ('k', 'alpha') else {}))(ps(), lr=.01)
     if k in ('lr', 'wd'): opt.set_hyper(k, v)
     return opt
+def ahead_of_fastais(k, v):
+    if k in ('k', 'alpha'): return lookahead(stock.Adam, **{k: v})(ps(), lr=.01)
+    return lookahead(stock.Adam)(ps(), **{'lr': .01, k: v})
 def ahead_later(k, v):
     opt = lookahead(torch.optim.SGD)(ps(), lr=.01)
     opt.set_hypers(**{k: v})
@@ -90,7 +94,7 @@ def ahead_by_group(k, v):
     return opt
 
 paths = [in_the_call, set_hyper, set_hypers, a_list, load, schedule, torchs_call, torchs_group, torchs_second_group, torchs_edit, torchs_added, torchs_load,
-         torchs_scheduler, ahead_of_torchs, ahead_later, ahead_by_group]
+         torchs_scheduler, ahead_of_torchs, ahead_of_fastais, ahead_later, ahead_by_group]
 each_path = pytest.mark.parametrize('path', paths, ids=lambda f: f.__name__)
 
 forms = dict(float=float, int=round, float64=np.float64, float32=np.float32, int64=lambda x: np.int64(round(x)), array=lambda x: np.array(x), tensor=torch.tensor,
