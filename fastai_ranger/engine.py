@@ -110,7 +110,7 @@ class MultiTensorOptimizer(Optimizer):
         if not cbs: raise ValueError("`cbs` is empty: there is nothing to do in a step")
         if len(set(ps)) < len(ps): raise ValueError("`params` has a parameter more than once")
         self._declare(cbs, defaults)
-        defaults = {k: plain(v) for k,v in defaults.items()}
+        defaults = {k: as_python(v) for k,v in defaults.items()}
         super().__init__(params, cbs, **merge(*({k: v for k,v in f.defaults.items() if k not in settled} for f,settled in self.calls), defaults))
         for f,settled in self.calls:
             for k,v in settled.items(): self.check_hyper(k, v)
@@ -141,7 +141,7 @@ class MultiTensorOptimizer(Optimizer):
 
     def check_hyper(self, k, v):
         "`v`, as Python's number; `ValueError` unless all steppers allow it for hyper `k`"
-        v = plain(v)
+        v = as_python(v)
         for o in self.checks:
             if k in o: v = o[k].check(k, v)
         return v
@@ -157,7 +157,7 @@ class MultiTensorOptimizer(Optimizer):
     def set_hyper(self, k, v):
         "Set hyper `k` to `v`: a value for all groups, or a list or slice with one for each"
         check_name(k, self.names)
-        v = plain(v)
+        v = as_python(v)
         super().set_hyper(k, [v] if v is None else v)
 
     def _set_hyper(self, k, v): super()._set_hyper(k, [self.check_hyper(k, o) for o in v])

@@ -64,7 +64,7 @@ class TorchOptimizer(torch.optim.Optimizer):
     ):
         super().__init__(params, dict(lr=lr))
         if any(g['lr'] is None for g in self.param_groups): raise TypeError("an optimizer needs a learning rate: give lr=..., or one for each parameter group")
-        hypers = {k: plain(v) for k,v in _once(dict(lr=self.param_groups[0]['lr'], **hypers)).items()}
+        hypers = {k: as_python(v) for k,v in _once(dict(lr=self.param_groups[0]['lr'], **hypers)).items()}
         self.inner = opt_func([g['params'] for g in self.param_groups], **hypers)
         if not isinstance(self.inner, MultiTensorOptimizer):
             raise ValueError(f"`as_torch` is for optimizers of fastai_ranger, got one that makes a {type(self.inner).__name__}")
@@ -106,7 +106,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         if len(groups) != len(inner.hypers): inner.hypers = L(dict(usual) for _ in groups)
         for g,h in zip(groups, inner.hypers): self._check_names(g, to_torch(h))
         own = [to_fastai(g) for g in groups]
-        new = {k: [plain(o.get(k, v)) for o in own] for k,v in usual.items()}
+        new = {k: [as_python(o.get(k, v)) for o in own] for k,v in usual.items()}
         inner.set_hypers(**{k: vs for k,vs in new.items() if not all(_is_same(v, h[k]) for v,h in zip(vs, inner.hypers))})
         for g,h in zip(groups, inner.hypers):
             self._show(g, h)

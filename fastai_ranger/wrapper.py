@@ -149,7 +149,7 @@ class LookaheadWrapper(OptimWrapper):
     ):
         "Set a hyper"
         check_name(k, self.hypers[0])
-        (self.ahead if k in self.ahead.hypers[0] else super()).set_hyper(k, plain(v))
+        (self.ahead if k in self.ahead.hypers[0] else super()).set_hyper(k, as_python(v))
 
     def _set_hyper(self, k, v):
         v = [self.ahead.check_hyper(k, o) for o in v]
@@ -210,7 +210,7 @@ def make_opt(params, opt_func, **kwargs):
     if is_listy(opt_func): return MultiTensorOptimizer(params, opt_func, **kwargs)
     f = opt_func.func if isinstance(opt_func, partial) else opt_func
     if isinstance(f, type) and issubclass(f, torch.optim.Optimizer): return OptimWrapper(params, opt_func, **kwargs)
-    return opt_func(params, **{k: plain(v) for k,v in kwargs.items()}) # fastai's take Python's numbers only
+    return opt_func(params, **{k: as_python(v) for k,v in kwargs.items()}) # fastai's take Python's numbers only
 
 def name_of(opt_func):
     "What to call `opt_func` in a message"
