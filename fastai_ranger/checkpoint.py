@@ -36,6 +36,8 @@ def check_grad(
     if not (g.layout is torch.strided and g.dtype is p.dtype and p.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)):
         raise ValueError(f"cannot step {name}, shape {tuple(p.shape)}: its dtype is {p.dtype}, its gradient's {g.dtype} ({g.layout}); "
             "both must be dense and of one dtype: float16, bfloat16, float32 or float64")
+    if any(stride==0 and n > 1 for stride,n in zip(p.stride(), p.shape)):
+        raise ValueError(f"cannot step {name}, shape {tuple(p.shape)}: several of its numbers are one place in memory, as after `expand`. Give the optimizer the tensor that was expanded")
     if hasattr(p, 'to_local'): _check_shards(name, p, calls)
 
 
@@ -47,9 +49,10 @@ def check_value(
     like, # What it must be like: a tensor, a number, or a flag
     holder='the checkpoint' # Who has it, for the message
 ):
-    "`ValueError` unless `v` is as `like`: a floating-point tensor of its shape, a number, a whole number from 0 on, or a flag"
+    "`ValueError` unless `v` is as `like`: a tensor of its shape, a number, a whole number from 0 on, or a flag"
     if isinstance(like, bool): fits,what = isinstance(v, bool),'True or False'
-    elif isinstance(like, Tensor): fits,what = isinstance(v, Tensor) and v.is_floating_point() and v.layout is torch.strided,'a floating-point tensor'
+    elif isinstance(like, Tensor) and not like.is_floating_point(): fits,what = isinstance(v, Tensor) and not v.is_floating_point(),f'a tensor of {like.dtype}'
+    elif isinstance(like, Tensor): fits,what = isinstance(v, Tensor) and v.is_floating_point() and v.layout is like.layout,'a floating-point tensor'
     elif isinstance(like, float): fits,what = isinstance(v, Real) and not isinstance(v, bool),'a number'
     else: fits,what = isinstance(v, Integral) and not isinstance(v, bool) and v >= 0,'a whole number from 0 on'
     has = f"one of {v.dtype} ({v.layout})" if isinstance(v, Tensor) else repr(v)
@@ -61,20 +64,21 @@ def check_state(
     name, # What to call the parameter in a message
     p, # A parameter
     state, # Its state
-    calls # Steppers of the optimizer, each with its keywords
+    calls, # Steppers of the optimizer, each with its keywords
+    drop='opt.state.pop(p)' # What drops the state of a parameter `p`, for the message
 ):
-    "`ValueError` unless each stepper of `calls` can take `state` for `p`"
+    "`ValueError` unless what starts as a floating-point tensor shaped as `p` is one in `state`, and a count of a fused kernel a count"
     for f,_ in calls:
         for k,start in f.state.items():
             v = state.get(k)
             if v is None or isinstance(v, Tensor) and v.shape==p.shape and v.is_floating_point() and v.layout is torch.strided: continue
-            if callable(start) or isinstance(start, unless): like = start_value(start, p, state)
-            elif f.dense and start is not None: like = start # a count
-            else: like = p if start is None and isinstance(v, Tensor) else None # what starts as a number may become a tensor
-            if isinstance(like, Tensor) and isinstance(v, Tensor) and v.shape != like.shape:
-                raise ValueError(f"cannot step {name}: it has shape {tuple(p.shape)}, its state `{k}` {tuple(v.shape)} in place of {tuple(like.shape)}. "
-                    "Make a new optimizer, or drop the state of this parameter `p` with opt.state.pop(p)")
-            if like is not None: check_value(k, name, v, like, 'its state')
+            if f.dense and isinstance(start, int): check_value(k, name, v, start, 'its state')
+            like = start_value(start, p, state) if callable(start) or isinstance(start, unless) else None
+            if not isinstance(like, Tensor) or like.shape != p.shape or not like.is_floating_point(): continue # a stepper's own affair
+            if isinstance(v, Tensor) and v.shape != p.shape:
+                raise ValueError(f"cannot step {name}: it has shape {tuple(p.shape)}, its state `{k}` {tuple(v.shape)} in place of {tuple(p.shape)}. "
+                    f"Make a new optimizer, or drop the state of this parameter `p` with {drop}")
+            check_value(k, name, v, like, 'its state')
 
 # %% ../nbs/02_checkpoint.ipynb #176deeaf
 _notes = {'replaced', 'edits', 'edited'} # of version 0.1

@@ -46,7 +46,9 @@ def restart_on_load(
     for m in model.modules():
         if isinstance(m, torch.jit.ScriptModule): continue # which takes no such hook
         for hooks in m._load_state_dict_pre_hooks,m._load_state_dict_post_hooks:
-            for k in [k for k,o in hooks.items() if isinstance(getattr(o, 'hook', o), _TellOnLoad)]: del hooks[k]
+            for k,o in list(hooks.items()):
+                told = getattr(o, 'hook', o)
+                if isinstance(told, _TellOnLoad) and told.opt() in (None, engine): del hooks[k]
         m.register_load_state_dict_pre_hook(_TellOnLoad(engine, 'before_load'))
         m.register_load_state_dict_post_hook(_TellOnLoad(engine, 'after_load'))
 

@@ -28,7 +28,7 @@ def slow_weights(p, grad, slow_step,
 # %% ../nbs/05_lookahead.ipynb #11151d89
 def _synchronise(p, slow, alpha):
     "Move `slow` `alpha` of the way to `p` and `p` there, which is all the way back where `p` is not finite"
-    if p[0].is_cuda and strides(p)==strides(slow):
+    if p[0].is_cuda and strides(p)==strides(slow) and [o.shape for o in p]==[o.shape for o in slow]:
         follow(p, slow, alpha)
         torch._foreach_copy_(p, slow)
     else:
@@ -56,7 +56,7 @@ def _with_slow_weights(self:MultiTensorOptimizer):
     if not self.has_slow_weights: raise ValueError("this optimizer keeps no slow weights: a stepper such as `slow_weights` is missing")
     res = [(p, s, h) for p,_,s,h in self.all_params() if 'slow' in s and (p.requires_grad or not isinstance(p, Parameter))]
     names = {p: name for name,p in self.named_params()}
-    for p,s,_ in res: check_state(names[p], p, s, self.calls)
+    for p,s,_ in res: check_state(names[p], p, s, self.calls, self.drop)
     self._start_state([(p, s) for p,s,_ in res])
     return res
 
@@ -87,7 +87,8 @@ def sync(self:MultiTensorOptimizer):
         own = [{**settled, **h} for _,settled in calls]
         due = [moved or s['slow_step']%o['k'] for o in own]
         s['slow_step'] = 0 # of which any `k` is a divisor
-        values = {k: local([v]) if isinstance(v, torch.Tensor) else v for k,v in s.items()}
         for (f,_),o,now in zip(calls, own, due):
-            if now: f.f(local([p]), [p.grad], **{**values, **o})
+            values = {k: local([v]) if isinstance(v, torch.Tensor) else v for k,v in s.items()}
+            res = f.f(local([p]), [p.grad], **{**values, **o}) if now else None
+            store([s], {k: v for k,v in (res or {}).items() if k != 'grad'})
         s.pop('fast', None)

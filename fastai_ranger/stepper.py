@@ -112,20 +112,23 @@ def check_alike(
     p, # Parameters
     lists # By name, what the stepper is to get with them; only lists of tensors count
 ):
-    "`ValueError` unless the tensors of `lists` have shape, dtype and device of those of `p`, or the stepper declares another shape"
+    "`ValueError` unless the tensors of `lists` are as those of `p` in shape, dtype and device, or as the stepper declares them"
+    def kind(t): return t.shape,t.dtype,t.device
     for name,ts in lists.items():
-        if not isinstance(ts, list): continue
+        if not isinstance(ts, (list,tuple)) or not any(isinstance(t, Tensor) for t in ts): continue
+        if len(ts) != len(p): raise ValueError(f"{f.__name__} got {len(ts)} tensors as `{name}` for {len(p)} parameters")
         for t,o in zip(ts, p):
-            if not isinstance(t, Tensor): continue
-            own = t.shape != o.shape and start_value(f.state.get(name), o, {})
-            shape = own.shape if isinstance(own, Tensor) else o.shape
-            if (t.shape, t.dtype, t.device) != (shape, o.dtype, o.device):
-                raise ValueError(f"{f.__name__} got `{name}` of shape {tuple(t.shape)}, {t.dtype} on {t.device}, for a parameter of "
-                    f"shape {tuple(o.shape)}, {o.dtype} on {o.device}: they must agree")
+            if not isinstance(t, Tensor) or kind(t)==kind(o): continue
+            like = start_value(f.state.get(name), o, {})
+            if isinstance(like, Tensor) and kind(t)==kind(like) or name in f.state and like is None: continue
+            raise ValueError(f"{f.__name__} got `{name}` of shape {tuple(t.shape)}, {t.dtype} on {t.device}, for a parameter of "
+                f"shape {tuple(o.shape)}, {o.dtype} on {o.device}: they must agree")
+
+def _are_strided(v): return isinstance(v, (list,tuple)) and len(v) > 0 and all(isinstance(o, Tensor) and o.layout is torch.strided for o in v)
 
 def _call_dense(f, p, grad, values, names):
     "`f` with `p`, gradients and the values of `names` in the strides of `p` without holes: other tensors are copied, and copied back"
-    state = {k: values[k] for k in names if isinstance(values.get(k), list)}
+    state = {k: list(values[k]) for k in names if _are_strided(values.get(k))}
     check_alike(f, p, dict(grad=grad, **state)) # fused kernels do not look
     dense = [torch.empty_like(o) for o in p]
     def fit(ts): return [t if t.shape != o.shape or t.stride()==o.stride() else torch.empty_like(o).copy_(t) for t,o in zip(ts, dense)]
@@ -170,6 +173,7 @@ class Stepper:
         if bad := [k for k,o in hypers.items() if not isinstance(o, hyper)]: raise TypeError(f"`hypers` must map names to a `hyper` each, {f.__name__} has {bad[0]}={hypers[bad[0]]!r}")
         for what,names in ('anchored', anchored), ('unless', [o.flag for o in state.values() if isinstance(o, unless)]):
             if unknown := ', '.join(sorted(set(names)-set(state))): raise ValueError(f"`{what}` must be names in `state`, {f.__name__} has {unknown}")
+        if syncs and (scope != 'alike' or 'k' not in {*hypers, *args}): raise ValueError(f"`syncs` is for the scope 'alike' and a stepper with `k`, {f.__name__} has '{scope}' and {', '.join(args)}")
         self.switches = {k for k,o in args.items() if isinstance(o.default, bool)}
         self.f,self.state,self.hypers,self.anchored,self.scope,self.dense,self.syncs = f,state,hypers,anchored,scope,dense,syncs
         self.shards = 'none' if scope=='all' else shards

@@ -14,13 +14,13 @@ from warnings import warn
 from .stepper import *
 from .engine import *
 from .checkpoint import *
+from .muon import set_muon
 
 # %% ../nbs/15_torch_form.ipynb #7a3e0001
 _fastai_names = {'weight_decay': 'wd', 'momentum': 'mom'}
 _of_tools = {'initial_lr', 'max_lr', 'min_lr', 'base_lr', 'swa_lr', 'lr_scale', 'lr_mult', 'max_momentum', 'base_momentum', 'param_names',
              'name', 'names', 'group_name', 'foreach', 'fused'} # what schedulers and other tools keep in a group
-_only = {**dict.fromkeys(('amsgrad', 'capturable', 'centered', 'dampening', 'differentiable', 'maximize', 'nesterov', 'use_muon'), False),
-         'decoupled_weight_decay': True} # options of other optimizers, and the value that asks for nothing else than is done
+_options = 'amsgrad','capturable','centered','dampening','decoupled_weight_decay','differentiable','maximize','nesterov','use_muon' # of PyTorch's optimizers
 
 def to_fastai(
     group # Hypers by PyTorch's names, or fastai's
@@ -85,17 +85,27 @@ class TorchOptimizer(torch.optim.Optimizer):
         for k,v in hypers.items():
             if k in usual: hypers[k] = self.inner.check_hyper(k, v)
             elif k=='use_muon' and has_muon: self._check_muon(switch.check(k, v), given['params'])
-            elif k in _only:
-                if bool(v) is not _only[k]: raise ValueError(f"{self.inner.name} has no `{k}`, a parameter group says {k}={v!r}")
+            elif k in _options: self._check_option(k, v, {**usual, **hypers})
             elif k not in _of_tools:
                 known = [*self.defaults, *usual, *(['use_muon'] if has_muon else [])]
                 if near := get_close_matches(k, known, 1): raise ValueError(f"there is no hyper `{k}` for a parameter group: did you mean `{near[0]}`?")
-                warn(f"`{k}` in a parameter group is no hyper of {self.inner.name}: it stays there, and changes nothing", stacklevel=4)
-        return {'params': given['params'], **to_torch({k: hypers.get(k, v) for k,v in usual.items()}), **{k: v for k,v in hypers.items() if k not in usual}}
+                warn(f"`{k}` in a parameter group is no hyper of {self._name}: it stays there, and changes nothing", stacklevel=4)
+        kept = {k: v for k,v in hypers.items() if k not in usual}
+        return {'params': given['params'], **to_torch({k: hypers.get(k, v) for k,v in usual.items()}), **kept}
+
+    @property
+    def _name(self): return getattr(self.inner, 'name', type(self.inner).__name__)
+
+    def _check_option(self, k, v, hypers):
+        "`ValueError` if an option of PyTorch's optimizers asks for something else than `inner` does"
+        settled = {k: v for _,kwargs in self.inner.calls for k,v in kwargs.items()}
+        does = {'nesterov': settled.get('nesterov', False), 'amsgrad': 'max_avg' in self.inner.starts, 'decoupled_weight_decay': settled.get('decouple_wd', True)}
+        if k=='decoupled_weight_decay' and not hypers.get('wd'): return
+        if bool(v) is not does.get(k, False): raise ValueError(f"{self._name} cannot have {k}={v!r} in a parameter group: it has {k}={does.get(k, False)}")
 
     def _check_muon(self, wanted, params):
         start = self.inner.starts['do_muon']
-        for p in params:
+        for p in [o[1] if isinstance(o, tuple) else o for o in params]: # with its name or without
             if wanted and not start_value(start, p, {}): raise ValueError(f"a parameter group has use_muon=True and a parameter of shape {tuple(p.shape)}: Muon is for matrices")
 
     def _take_groups(self):
@@ -104,14 +114,20 @@ class TorchOptimizer(torch.optim.Optimizer):
         inner.param_lists = L(g['params'] for g in groups)
         if not groups: return
         if len(groups) != len(inner.hypers): inner.hypers = L(dict(usual) for _ in groups)
-        for g,h in zip(groups, inner.hypers): self._check_names(g, to_torch(h))
+        else:
+            for g,h in zip(groups, inner.hypers): self._check_names(g, to_torch(h))
         own = [to_fastai(g) for g in groups]
         new = {k: [as_python(o.get(k, v)) for o in own] for k,v in usual.items()}
         inner.set_hypers(**{k: vs for k,vs in new.items() if not all(_is_same(v, h[k]) for v,h in zip(vs, inner.hypers))})
         for g,h in zip(groups, inner.hypers):
             self._show(g, h)
-            if g.get('use_muon', True) is False:
-                for p in g['params']: inner.state[p].setdefault('do_muon', False)
+            if 'use_muon' in g and 'do_muon' in inner.starts: self._give_muon(g)
+
+    def _give_muon(self, group):
+        "Muon for the parameters of `group`, or for none of them, as it says: whatever `spare_ends` has said"
+        wanted = switch.check('use_muon', group['use_muon'])
+        self._check_muon(wanted, group['params'])
+        for p in group['params']: set_muon(self.inner.state[p], p, wanted)
 
     def _check_names(self, group, shown):
         "`ValueError` if a hyper was written into `group` by two names since it looked as `shown`"
@@ -146,8 +162,11 @@ class TorchOptimizer(torch.optim.Optimizer):
     ):
         "As for any `torch.optim.Optimizer`"
         if not hasattr(self, 'inner'): return super().add_param_group(param_group) # it is being made
+        self._take_groups()
         params = param_group['params']
-        super().add_param_group(self._as_group({**param_group, 'params': [params] if isinstance(params, torch.Tensor) else list(params)}))
+        if isinstance(params, torch.Tensor): params = [params]
+        elif not isinstance(params, set): params = list(params) # a set has no order: PyTorch refuses it
+        super().add_param_group(self._as_group({**param_group, 'params': params}))
         self._take_groups()
 
     def state_dict(self):
@@ -181,7 +200,10 @@ class TorchOptimizer(torch.optim.Optimizer):
         self.inner.restart(params)
 
     @property
-    def muon_params(self): return self.inner.muon_params
+    def muon_params(self):
+        "The parameters that get Muon"
+        self._take_groups()
+        return self.inner.muon_params
 
     def __repr__(self):
         self._take_groups()

@@ -51,7 +51,7 @@ def _before_return(f, g):
 class _Ahead(MultiTensorOptimizer):
     "Lookahead around the `step` of `opt`, a PyTorch optimizer"
     def __init__(self, opt, ends, **hypers):
-        self.opt,self._begun = opt,[]
+        self.opt,self._begun,self._shapes = opt,[],{}
         super().__init__(self.param_lists, [slow_weights, *ends], **hypers)
         self.attach()
 
@@ -83,10 +83,23 @@ class _Ahead(MultiTensorOptimizer):
         self.opt.register_load_state_dict_pre_hook(self._check)
         self.opt.register_load_state_dict_post_hook(self._load)
 
+    drop = 'opt.state.pop(p); opt.opt.state.pop(p)'
+
     def begin(self):
         "Begin an update of the parameters that have a gradient"
-        self._begun = self.buckets() # raises if a gradient cannot be stepped
+        last,self._begun = self._last and self._last[-1],self.buckets() # raises if a gradient or state cannot be stepped
+        if self._begun is not last: self._check_inner()
         self._run(self.calls[:1])
+
+    def _check_inner(self):
+        "`ValueError` if the state of `opt` is of a parameter in another shape: a fused kernel would not look"
+        for name,p in self.named_params():
+            if p.grad is None: continue
+            if self.opt.state.get(p) and self._shapes.get(p, p.shape) != p.shape:
+                self._last = None # look again next time
+                raise ValueError(f"cannot step {name}: it has shape {tuple(p.shape)}, its state in {type(self.opt).__name__} is of shape {tuple(self._shapes[p])}. "
+                    f"Make a new optimizer, or drop the state of this parameter `p` with {self.drop}")
+            self._shapes[p] = p.shape
 
     def end(self):
         "End the update of those that began it; their gradients may be gone"
@@ -209,12 +222,17 @@ def make_opt(params, opt_func, **kwargs):
     "The optimizer that `opt_func`, which may be a class of PyTorch's or a list of steppers, makes"
     if is_listy(opt_func): return MultiTensorOptimizer(params, opt_func, **kwargs)
     f = opt_func.func if isinstance(opt_func, partial) else opt_func
-    if isinstance(f, type) and issubclass(f, torch.optim.Optimizer): return OptimWrapper(params, opt_func, **kwargs)
+    if isinstance(f, type) and issubclass(f, torch.optim.Optimizer):
+        if 'lr' in kwargs:
+            lr = common['lr'].check('lr', kwargs['lr'])
+            if not isinstance(kwargs['lr'], Tensor): kwargs['lr'] = lr # a tensor stays one, which `capturable` asks for
+        return OptimWrapper(params, opt_func, **kwargs)
     return opt_func(params, **{k: as_python(v) for k,v in kwargs.items()}) # fastai's take Python's numbers only
 
 def name_of(opt_func):
     "What to call `opt_func` in a message"
-    f = opt_func.func if isinstance(opt_func, partial) else opt_func
+    f,inner = (opt_func.func,opt_func.keywords.get('opt_func')) if isinstance(opt_func, partial) else (opt_func,None)
+    if inner is not None: return f"{f.__name__.lstrip('_')}({name_of(inner)})" # of `lookahead` and its like
     if isinstance(f, OptimWrapper): f = f.opt
     return getattr(f, '__name__', None) or (f"[{', '.join(map(name_of, f))}]" if is_listy(f) else type(f).__name__)
 

@@ -95,7 +95,9 @@ class Model:
             self.weights[i].copy_(w)
             if i not in self.before: continue
             was,slow,count = self.before[i]
-            if torch.allclose(was, w, rtol=0, atol=0, equal_nan=True): self.slow[i],self.count[i] = slow,count
+            if torch.allclose(was, w, rtol=0, atol=0, equal_nan=True):
+                self.slow[i],self.count[i] = slow,count
+                del self.before[i]
             else: self.slow[i] = None
 
     def reshape(self, i, w):

@@ -184,7 +184,13 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r'`hidden` has 0.bias, of shape \(6,\): Muon is for matrices'): spare_ends(opt, model, lambda m: [m[0].bias])
     with pytest.raises(ValueError, match='`hidden` must be a function of the model'): muon(model.parameters(), lr=.1, hidden=['0.weight'])
     with pytest.raises(ValueError, match='`opt` must be an optimizer that has Muon'): spare_ends(ranger(model.parameters(), lr=.1), model)
-    with pytest.raises(TypeError, match='`opt` must be an optimizer of fastai_ranger, got a SGD'): spare_ends(torch.optim.SGD(model.parameters(), lr=.1), model)
+    for sgd in (torch.optim.SGD(model.parameters(), lr=.1), Accelerator(cpu=True).prepare(torch.optim.SGD(model.parameters(), lr=.1))):
+        with pytest.raises(TypeError, match='`opt` must be an optimizer of fastai_ranger, got a SGD'): spare_ends(sgd, model)
+    for bad in (['0.weight'], model, model[0].weight, list(model.named_parameters()), list(chain().parameters()), None, 3):
+        with pytest.raises(ValueError, match='`hidden` must return parameters of the model, or a dict of them, got'): spare_ends(opt, model, lambda m: bad)
+    with pytest.raises(ValueError, match='`opt` has no parameter of `model`'): spare_ends(opt, chain())
+    for bad in (5, '', [''], [model[0]], model[0]):
+        with pytest.raises(ValueError, match='`ends` must be names of modules of the model'): hidden_weights(model, ends=bad)
     assert which(opt, model) == ['0.weight', '1.weight', '2.weight'] # nobody has told it of the model
 
 def test_another_choice_in_mid_training():

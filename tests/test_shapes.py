@@ -157,6 +157,86 @@ def test_layers_that_grow_and_shrink():
     for _ in range(7): train()
     assert opt.state[model[0].weight]['slow'].shape == (8, 3) and opt.state[model[2].bias]['slow_step'] == 14
 
+def _fused_inside():
+    "PyTorch's fused kernel inside Lookahead, and the advice of the message"
+    p = nn.Parameter(torch.randn(300, 3))
+    opt = lookahead(partial(torch.optim.AdamW, fused=True))([p], lr=.1)
+    for _ in range(3): step(opt, [p])
+    p.grad,p.data = None,torch.randn(30000, 30)
+    with pytest.raises(ValueError, match=r'with opt.state.pop\(p\); opt.opt.state.pop\(p\)'): step(opt, [p])
+    opt.state.pop(p)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r'its state in AdamW is of shape \(300, 3\)'): step(opt, [p])
+    opt.opt.state.pop(p)
+    for _ in range(7): step(opt, [p])
+    p.grad,p.data = None,torch.randn(300, 3)
+    opt.restart()
+    with pytest.raises(ValueError, match='its state in AdamW'): step(opt, [p])
+
+def test_pytorchs_fused_kernel(): finish(fork(_fused_inside))
+
+@stepper()
+def a_tuple(p, grad, **kwargs): return dict(grad=tuple(g[:1].clone() for g in grad))
+
+@stepper(state=dict(grad_avg=torch.zeros_like))
+def averages_in_a_tuple(p, grad, grad_avg, **kwargs): return dict(grad_avg=tuple(o[:1].clone() for o in grad_avg))
+
+def _tuples():
+    w = torch.zeros(400, 3)
+    values = dict(lr=.1, mom=.9, sqr_mom=.99, eps=1e-5, wd=0., step=9)
+    for given in (dict(grad_avg=(torch.zeros(1),), sqr_avg=(torch.zeros(1),)), dict(grad_avg=[w.clone()]*2, sqr_avg=[w.clone()])):
+        with pytest.raises(ValueError, match='must agree|got 2 tensors as `grad_avg` for 1 parameters'): fused_radam_step([w], [w.clone()], **given, **values)
+    with pytest.raises(ValueError, match='must agree'): fused_radam_step([w], (torch.zeros(1),), grad_avg=[w.clone()], sqr_avg=[w.clone()], **values)
+    for f in (a_tuple, averages_in_a_tuple):
+        p = nn.Parameter(torch.randn(600, 3))
+        with pytest.raises(ValueError, match='must agree'): step(MultiTensorOptimizer([p], [f, fused_radam_step], lr=.1, mom=.9, sqr_mom=.99), [p])
+
+def test_tuples(): finish(fork(_tuples))
+
+kinds = dict(mask=lambda p: torch.rand_like(p)>.5, whole=lambda p: torch.zeros_like(p, dtype=torch.int64), count=lambda p: torch.tensor(0), rows=lambda p: p.new_zeros(1),
+             history=lambda p: [], number=lambda p: 0, sparse=lambda p: torch.zeros_like(p).to_sparse(), double=lambda p: torch.zeros_like(p, dtype=torch.float64), nothing=None)
+
+@pytest.mark.parametrize('kind,dense', [(k, dense) for k in kinds for dense in (False, True) if (k, dense) != ('rows', True)]) # which must not grow there
+def test_state_that_is_a_steppers_own_affair(kind, dense):
+    "of any kind, through steps, gradients that come and go and lie otherwise, and a checkpoint"
+    @stepper(state=dict(own=kinds[kind]), dense=dense)
+    def step_by(p, grad, lr, own=None, **kwargs):
+        torch._foreach_add_(p, grad, alpha=-lr)
+        if kind=='nothing': return dict(own=[torch.zeros(2) for _ in p])
+        if kind=='number': return dict(own=own-.5)
+        if kind=='rows': return dict(own=[torch.cat([o, o]) for o in own])
+        if kind=='history':
+            for o in own: o.append(1.)
+    ps = [nn.Parameter(torch.randn(6, 3)), nn.Parameter(torch.randn(5))]
+    opt = MultiTensorOptimizer(ps, step_by, lr=.1)
+    before = [p.detach().clone() for p in ps]
+    for i in range(6):
+        for j,p in enumerate(ps): p.grad = None if (i+j)%3==0 else torch.ones_like(p) if i%2 or p.ndim < 2 else torch.ones(3, 6).t()
+        opt.step()
+    for p,b in zip(ps, before): torch.testing.assert_close(p.detach(), b-.4)
+    if kind in ('mask', 'whole', 'count', 'double'):
+        again = MultiTensorOptimizer(ps, step_by, lr=.1)
+        again.load_state_dict(opt.state_dict())
+        assert all(torch.equal(again.state[p]['own'], opt.state[p]['own']) for p in ps)
+
+def test_memory_that_overlaps():
+    ps = [nn.Parameter(torch.randn(6, 3)),nn.Parameter(torch.zeros(1, 3).expand(6, 3))]
+    opt = ranger(ps, lr=.1)
+    before = ps[0].detach().clone()
+    with pytest.raises(ValueError, match='cannot step parameter 1 of group 0, shape .*several of its numbers are one place in memory'): step(opt, ps)
+    assert torch.equal(ps[0], before)
+
+def test_a_column_becomes_a_row():
+    "at the same address, with as many numbers and the same strides"
+    for f in (ranger, Adam, ranger_muon, lookahead(torch.optim.SGD)):
+        ps = [nn.Parameter(torch.randn(3, 1)),nn.Parameter(torch.randn(5))]
+        opt = f(ps, lr=.01)
+        for _ in range(3): step(opt, ps)
+        ps[0].grad,ps[0].data = None,ps[0].data.t()
+        before = [p.detach().clone() for p in ps]
+        with pytest.raises(ValueError, match='cannot step parameter 0'): step(opt, ps)
+        assert equal(before, ps)
+
 def test_state_in_place_is_followed():
     "`.data` of a state that fits: the step uses what is there"
     def end(put):

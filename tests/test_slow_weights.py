@@ -105,6 +105,20 @@ def test_sync_runs_what_synchronises(settled):
     opt.sync()
     assert p.item() == -settled.get('alpha', .5)
 
+def test_what_a_synchronising_stepper_needs_and_returns():
+    for kwargs,message in ((dict(), "`syncs` is for the scope 'alike' and a stepper with `k`, f has 'alike'"), (dict(scope='all', hypers=dict(k=hyper(6, 1))), "f has 'all'")):
+        with pytest.raises(ValueError, match=message):
+            @stepper(**kwargs, syncs=True)
+            def f(p, grad, **kwargs): pass
+    @stepper(state=dict(n=0), hypers=dict(k=hyper(6, 1, whole=True)), syncs=True)
+    def count(p, grad, n, k, **kwargs): return dict(n=n+1)
+    p = param(0.)
+    opt = MultiTensorOptimizer([p], [slow_weights, sgd_step, count, lookahead_step], lr=1.)
+    steps(opt, 2)
+    opt.zero_grad()
+    opt.sync()
+    assert opt.state[p]['n'] == 3 and p.item() == -1
+
 def test_nothing_synchronises():
     opt = MultiTensorOptimizer([param(0.)], [slow_weights, sgd_step, partial(pull_to_zero, k=100)], lr=1.)
     steps(opt, 1)

@@ -150,7 +150,8 @@ def test_names_in_the_call_in_a_group_and_later():
     (dict(sqrmom=.5), 'there is no hyper `sqrmom`.*did you mean `sqr_mom`'), (dict(weight_decy=.5), 'did you mean `weight_decay`'), (dict(beta1=.5), 'did you mean `beta'),
     (dict(betas=.9), '`betas` must be a pair of numbers, got 0.9'), (dict(betas=(.9, 2.)), '`sqr_mom` must be .*got 2.0'), (dict(weight_decay=-1), '`wd` must be .*got -1'),
     (dict(wd=.1, weight_decay=.1), '`wd` and `weight_decay` set the same hyper'), (dict(momentum=.9, betas=(.9, .99)), '`momentum` and `betas` set the same hyper'),
-    (dict(maximize=True), 'ranger has no `maximize`, a parameter group says maximize=True'), (dict(amsgrad=True), 'ranger has no `amsgrad`'), (dict(use_muon=True), 'ranger has no `use_muon`')])
+    (dict(maximize=True), 'ranger cannot have maximize=True in a parameter group'), (dict(amsgrad=True), 'cannot have amsgrad=True'), (dict(nesterov=True), 'cannot have nesterov=True'),
+    (dict(use_muon=True), 'cannot have use_muon=True'), (dict(decoupled_weight_decay=False), 'cannot have decoupled_weight_decay=False')])
 def test_groups_that_are_refused(group, message):
     "when the optimizer is made, and when the group is added, with nothing changed"
     a,b = net(),net()
@@ -206,6 +207,44 @@ def test_schedulers_cycle_the_momentum(opt_func, sched):
         for k in ('lr', 'betas' if betas else 'momentum'): assert opt.param_groups[0][k] == theirs.param_groups[0][k]
     opt.step()
     assert opt.inner.hypers[0]['mom'] == (opt.param_groups[0]['betas'][0] if betas else opt.param_groups[0]['momentum'])
+
+def test_options_are_what_the_optimizer_does():
+    "whichever that is"
+    w = ones(4, 3)
+    for f,fine,not_fine in ((muon, dict(nesterov=True), dict(nesterov=False)), (ranger_va, dict(amsgrad=True), dict(amsgrad=False)),
+            (ranger, dict(decoupled_weight_decay=True), dict(decoupled_weight_decay=False))):
+        as_torch(f)([dict(params=[w], **fine)], lr=.1)
+        with pytest.raises(ValueError, match='in a parameter group: it has'): as_torch(f)([dict(params=[w], **not_fine)], lr=.1)
+    as_torch(RAdam)([dict(params=[w], decoupled_weight_decay=False)], lr=.1, decouple_wd=False)
+    as_torch(RAdam)(torch.optim.Adam([w]).param_groups, lr=.1) # no decay, of either kind
+    if hasattr(torch.optim, 'Muon'): as_torch(ranger_muon)([{k: v for k,v in torch.optim.Muon([w]).param_groups[0].items() if k not in ('ns_coefficients', 'adjust_lr_fn')}], lr=.1)
+
+def test_the_flag_of_a_group_counts():
+    "whatever `spare_ends` says, and when it changes; averages begin anew with their count"
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)).double()
+    opt = as_torch(ranger_muon)([dict(params=[model[0].weight], use_muon=False), dict(params=[model[1].weight]), dict(params=[model[2].weight], use_muon=True)], lr=.01)
+    def has_muon(): return [any(p is m.weight for p in opt.muon_params) for m in model]
+    spare_ends(opt, model)
+    assert has_muon() == [False, True, True]
+    train(model, opt, 3)
+    opt.param_groups[0]['use_muon'] = True
+    train(model, opt, 1)
+    assert has_muon() == [True, True, True] and [opt.state[m.weight]['step'] for m in model] == [1, 4, 4]
+    opt.param_groups[2]['use_muon'] = 1
+    with pytest.raises(ValueError, match='`use_muon` must be one of True, False'): opt.step()
+
+def test_what_is_added_by_name():
+    w,v = ones(4, 3),ones(4, 3)
+    opt = as_torch(ranger_muon)([w], lr=.1)
+    if torch.__version__ >= (2, 6):
+        opt = as_torch(ranger_muon)([('w', w)], lr=.1)
+        opt.add_param_group(dict(params=[('v', v)], use_muon=True))
+        assert len(opt.muon_params) == 2
+    with pytest.raises(TypeError, match='ordered'): opt.add_param_group(dict(params={v}))
+
+def test_an_optimizer_without_a_name():
+    with pytest.warns(UserWarning, match='`label` in a parameter group is no hyper of MultiTensorOptimizer'):
+        as_torch(lambda ps, **kw: MultiTensorOptimizer(ps, [sgd_step], **kw))([dict(params=[ones(2)], label='head')], lr=.1)
 
 def test_a_checkpoint_of_version_01():
     "has fastai's names in its groups"

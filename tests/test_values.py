@@ -1,5 +1,5 @@
 "One value, every path: a hyper that comes as Python's number, NumPy's or a tensor ends as the same number, or is refused in the same way"
-import copy, inspect, math
+import copy, inspect, math, types
 from fractions import Fraction
 from functools import partial
 
@@ -77,9 +77,16 @@ def torchs_scheduler(k, v):
         sched.step()
     return step(opt).inner
 
+def by_group(k, v):
+    opt = ranger(ps(), lr=.01)
+    opt.hypers[0][k] = v
+    return step(opt)
+def settled(k, v): return types.SimpleNamespace(hypers=[MultiTensorOptimizer(ps(), [slow_weights, partial(sgd_step, **{'lr': .01, **({k: v} if k=='lr' else {})}),
+    partial(weight_decay, lr=.01, **({k: v} if k=='wd' else {})), partial(lookahead_step, **({k: v} if k in ('k', 'alpha') else {}))]).calls[dict(lr=1, wd=2, k=3, alpha=3)[k]][1]])
+
 def ahead_of_torchs(k, v):
-    opt = lookahead(torch.optim.SGD, **({k: v} if k in ('k', 'alpha') else {}))(ps(), lr=.01)
-    if k in ('lr', 'wd'): opt.set_hyper(k, v)
+    opt = lookahead(torch.optim.SGD, **({k: v} if k in ('k', 'alpha') else {}))(ps(), lr=v if k=='lr' and not isinstance(v, torch.Tensor) else .01)
+    if k=='wd' or isinstance(v, torch.Tensor): opt.set_hyper(k, v)
     return opt
 def ahead_of_fastais(k, v):
     if k in ('k', 'alpha'): return lookahead(stock.Adam, **{k: v})(ps(), lr=.01)
@@ -93,7 +100,7 @@ def ahead_by_group(k, v):
     opt.hypers[0][k] = v
     return opt
 
-paths = [in_the_call, set_hyper, set_hypers, a_list, load, schedule, torchs_call, torchs_group, torchs_second_group, torchs_edit, torchs_added, torchs_load,
+paths = [in_the_call, by_group, settled, set_hyper, set_hypers, a_list, load, schedule, torchs_call, torchs_group, torchs_second_group, torchs_edit, torchs_added, torchs_load,
          torchs_scheduler, ahead_of_torchs, ahead_of_fastais, ahead_later, ahead_by_group]
 each_path = pytest.mark.parametrize('path', paths, ids=lambda f: f.__name__)
 

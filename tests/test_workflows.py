@@ -236,6 +236,47 @@ def test_loads_around_other_events():
     model.load_state_dict(model.state_dict())
     assert opt.state[w]['slow_step'] == 4
 
+def test_equal_loads_around_what_is_training():
+    "a visit to the slow weights, `sync` and clipping between two loads of the weights that are there"
+    for between in (lambda opt, p: opt.to_slow(), lambda opt, p: opt.sync(), lambda opt, p: p.data.clamp_(-.1, .1)):
+        model = pair()
+        learn = with_optimizer(model, optimizers['ranger'])
+        update(learn, 4)
+        for _ in range(2):
+            model.load_state_dict(copy.deepcopy(model.state_dict()))
+            between(learn.opt, model.net.weight)
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+        assert all('slow' in learn.opt.state[p] for p in model.net.parameters())
+    model.load_state_dict(own := copy.deepcopy(model.state_dict()))
+    model.net.weight.data.clamp_(-.01, .01)
+    model.load_state_dict(own)
+    assert 'slow' not in learn.opt.state[model.net.weight]
+
+@pytest.mark.parametrize('change', (torch.nn.Module.half, torch.nn.Module.double, torch.nn.Module.bfloat16))
+def test_loads_in_another_dtype(change):
+    model = pair()
+    learn = with_optimizer(model, optimizers['ranger'])
+    update(learn, 4)
+    own = {k: v.clone() for k,v in model.state_dict().items()}
+    model.load_state_dict(scaled(model, .5))
+    for p in model.parameters(): p.grad = None
+    change(model)
+    model.load_state_dict(own)
+    assert 'slow' not in learn.opt.state[model.net.weight]
+    update(learn, 7)
+    assert learn.opt.state[model.net.weight]['slow'].dtype is model.net.weight.dtype
+
+def test_two_optimizers_of_one_model():
+    "are both told; one that is gone is not"
+    model = pair()
+    a,b = (with_optimizer(model, optimizers['ranger']) for _ in range(2))
+    for learn in (a, b): update(learn, 4)
+    model.load_state_dict(scaled(model, .5))
+    assert not any('slow' in o.opt.state[model.net.weight] for o in (a, b))
+    n = len(model.net._load_state_dict_post_hooks)
+    for _ in range(3): b.create_opt()
+    assert len(model.net._load_state_dict_post_hooks) == n == 2
+
 def test_a_loop_of_ones_own():
     model = pair()
     opt = as_torch(ranger)([p for p in model.parameters() if p.requires_grad], lr=.1)

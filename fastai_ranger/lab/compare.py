@@ -297,8 +297,9 @@ def compare(
     out,name,pairs = todo['out'],todo['settings']['data'],list(itertools.product(todo['lrs'], todo['scheds']))
     print(f"{name}: {todo['about']}")
     if todo['settings'].get('precision')=='bf16' and not torch.cuda.is_available():
-        ratio = bf16_ratio(todo['learner'](Adam))
-        print(f"16 images in bfloat16 take {ratio:.2g} times as long as in float32 on this CPU{': --precision fp32 is faster' if ratio > 1 else ''}")
+        n = min(16, todo['settings']['bs'])
+        ratio = bf16_ratio(todo['learner'](Adam), n)
+        print(f"{n} images in bfloat16 take {ratio:.2g} times as long as in float32 on this CPU{': --precision fp32 is faster' if ratio > 1 else ''}")
     results,tune = todo['results'],todo['tune']
     lrs,tries,tried,paces,runs = {(o,s): [todo['lrs'][o]] for o,s in pairs},[],None,[],[]
     if lr_grid: tries = _runs(pairs, {(o,s): rates(lr, lr_grid) for (o,s),(lr,) in lrs.items()}, tune_seeds)
