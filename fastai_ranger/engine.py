@@ -12,6 +12,7 @@ from fastcore.all import L,merge
 from fastai.optimizer import Optimizer
 from itertools import chain,groupby,product
 from operator import is_
+from types import SimpleNamespace
 from torch import Tensor
 from warnings import warn
 from .stepper import *
@@ -194,18 +195,21 @@ class MultiTensorOptimizer(Optimizer):
 
     def _take_buckets(self, ps, grads):
         if self._before: self._forget(ps)
-        now,last = self._fingerprint(ps, grads),self._last
-        if not (last and now==last[0] and _same(ps, last[1]) and _same(list(self.state.values()), last[2]) and all(o.is_current for o in last[3])):
+        last = self._last
+        if last and not _same(ps, last.params): last = None
+        flat = last.flat if last else [p for p in ps if 1 in p.shape] # where strides and count do not tell the shape
+        now = self._fingerprint(ps, grads, flat)
+        if not (last and now==last.fingerprint and _same(list(self.state.values()), last.states) and all(o.is_current for o in last.buckets)):
             buckets = self._build_buckets()
-            self._last = now,ps,list(self.state.values()),buckets
-        return self._last[-1]
+            self._last = SimpleNamespace(params=ps, flat=flat, fingerprint=now, states=list(self.state.values()), buckets=buckets)
+        return self._last.buckets
 
-    def _fingerprint(self, ps, grads):
+    def _fingerprint(self, ps, grads, flat):
         "What the buckets depend on, besides state: which groups have equal hypers, and how parameters and gradients lie in memory"
         hypers,here = list(self.hypers),local(ps)
         if here is not ps: grads = local(grads)
         groups = list(zip(map(hypers.index, hypers), map(len, self.param_lists)))
-        params = _addresses(here),[p.shape for p in here],strides(here)
+        params = _addresses(here),list(map(Tensor.numel, here)),strides(here),[p.shape for p in flat]
         return groups,params,([g.dtype for g in grads],list(map(Tensor.numel, grads)),strides(grads))
 
     def _build_buckets(self):

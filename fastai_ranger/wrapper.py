@@ -52,6 +52,7 @@ class _Ahead(MultiTensorOptimizer):
     "Lookahead around the `step` of `opt`, a PyTorch optimizer"
     def __init__(self, opt, ends, **hypers):
         self.opt,self._begun,self._shapes = opt,[],{}
+        self._fitting = None # buckets for which the state of `opt` was looked at
         super().__init__(self.param_lists, [slow_weights, *ends], **hypers)
         self.attach()
 
@@ -87,8 +88,9 @@ class _Ahead(MultiTensorOptimizer):
 
     def begin(self):
         "Begin an update of the parameters that have a gradient"
-        last,self._begun = self._last and self._last[-1],self.buckets() # raises if a gradient or state cannot be stepped
-        if self._begun is not last: self._check_inner()
+        self._begun = self.buckets() # raises if a gradient or state cannot be stepped
+        if self._begun is not self._fitting: self._check_inner()
+        self._fitting = self._begun
         self._run(self.calls[:1])
 
     def _check_inner(self):

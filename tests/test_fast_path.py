@@ -75,7 +75,7 @@ def test_buckets_are_kept_until_something_changes(name):
             torch.manual_seed(i)
             give_grads([[p for p in g if p.requires_grad] for g in gs])
             opt.step()
-            seen.append(opt._last[-1])
+            seen.append(opt._last.buckets)
         return gs,seen
     (ours,seen),(theirs,_) = run(fast),run(plain)
     assert same(ours, theirs, 1e-6 if name=='dtype' else 1e-12)
