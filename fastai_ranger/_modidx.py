@@ -782,6 +782,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastai_ranger.wrapper._Ahead': ('wrapper.html#_ahead', 'fastai_ranger/wrapper.py'),
                                        'fastai_ranger.wrapper._Ahead.__init__': ( 'wrapper.html#_ahead.__init__',
                                                                                   'fastai_ranger/wrapper.py'),
+                                       'fastai_ranger.wrapper._Ahead._build_buckets': ( 'wrapper.html#_ahead._build_buckets',
+                                                                                        'fastai_ranger/wrapper.py'),
                                        'fastai_ranger.wrapper._Ahead._check': ('wrapper.html#_ahead._check', 'fastai_ranger/wrapper.py'),
                                        'fastai_ranger.wrapper._Ahead._check_inner': ( 'wrapper.html#_ahead._check_inner',
                                                                                       'fastai_ranger/wrapper.py'),

@@ -52,7 +52,6 @@ class _Ahead(MultiTensorOptimizer):
     "Lookahead around the `step` of `opt`, a PyTorch optimizer"
     def __init__(self, opt, ends, **hypers):
         self.opt,self._begun,self._shapes = opt,[],{}
-        self._fitting = None # buckets for which the state of `opt` was looked at
         super().__init__(self.param_lists, [slow_weights, *ends], **hypers)
         self.attach()
 
@@ -89,16 +88,18 @@ class _Ahead(MultiTensorOptimizer):
     def begin(self):
         "Begin an update of the parameters that have a gradient"
         self._begun = self.buckets() # raises if a gradient or state cannot be stepped
-        if self._begun is not self._fitting: self._check_inner()
-        self._fitting = self._begun
         self._run(self.calls[:1])
+
+    def _build_buckets(self):
+        buckets = super()._build_buckets()
+        self._check_inner()
+        return buckets
 
     def _check_inner(self):
         "`ValueError` if the state of `opt` is of a parameter in another shape: a fused kernel would not look"
         for name,p in self.named_params():
             if p.grad is None: continue
             if self.opt.state.get(p) and self._shapes.get(p, p.shape) != p.shape:
-                self._last = None # look again next time
                 raise ValueError(f"cannot step {name}: it has shape {tuple(p.shape)}, its state in {type(self.opt).__name__} is of shape {tuple(self._shapes[p])}. "
                     f"Make a new optimizer, or drop the state of this parameter `p` with {self.drop}")
             self._shapes[p] = p.shape

@@ -284,7 +284,8 @@ class Fuzz(RuleBasedStateMachine):
         "A parameter that grows: refused until its state is dropped"
         p = flat(self.gs)[i]
         if not self.model.trained(i): return
-        p.grad,p.data = None,torch.linspace(-1, 1, p.numel()//max(1, len(p) if p.ndim else 1)*(len(p)+1 if p.ndim else 2), dtype=p.dtype).view(len(p)+1 if p.ndim else 2, *p.shape[1:])
+        shape = (len(p)+1, *p.shape[1:]) if p.ndim else (3,) # the norm of two numbers, one of them nan, is up to the order of operations
+        p.grad,p.data = None,torch.linspace(-1, 1, math.prod(shape), dtype=p.dtype).view(shape)
         if any(isinstance(v, torch.Tensor) for v in self.opt.state.get(p, {}).values()):
             p.grad = torch.ones_like(p)
             with pytest.raises(ValueError, match='cannot step parameter .* in place of'): self.made.step()
