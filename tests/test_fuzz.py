@@ -159,7 +159,9 @@ class Fuzz(RuleBasedStateMachine):
         self.made.step()
 
     @rule(lacks=st.sets(st.integers(0, 7), max_size=3), layout=st.sampled_from([as_it_is, turned, channels_last, holes]), size=st.sampled_from([1e-3, 1., 30.]), n=st.integers(1, 7))
-    def step(self, lacks, layout, size, n):
+    def step(self, lacks, layout, size, n): self.updates(n, lacks, layout, size)
+
+    def updates(self, n, lacks=(), layout=as_it_is, size=1.):
         for _ in range(n):
             self.n += 1
             g = torch.Generator().manual_seed(self.n)
@@ -271,9 +273,15 @@ class Fuzz(RuleBasedStateMachine):
         self.model.load({i: edit(i, self.model.weights[i].detach().clone()) for i in which})
 
     @precondition(lambda self: not self.sharded)
-    @rule(which=st.sets(st.integers(0, 5), min_size=1), by=st.sampled_from([.5, 1., 2.]), back=st.booleans())
-    def load_some(self, which, by, back):
-        "other weights, or those that are there; and, perhaps, back"
+    @rule(which=st.sets(st.integers(0, 5), min_size=1), by=st.sampled_from([.5, 1., 2.]), back=st.booleans(), n=st.integers(1, 7))
+    def load_some(self, which, by, back, n):
+        "other weights, or those that are there; and, perhaps, back: between updates that show what has begun anew"
+        self.updates(n)
+        self.load_and_back(which, by, back)
+        self.same_weights()
+        self.updates(7)
+
+    def load_and_back(self, which, by, back):
         sides = flat(self.gs),self.model.weights
         own = [{i: side[i].detach().clone() for i in which} for side in sides]
         self.load(which, (lambda i, w: torch.full_like(w, by)) if by < 1 else lambda i, w: w*by)
