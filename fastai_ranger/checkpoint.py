@@ -54,7 +54,8 @@ def check_value(
     elif isinstance(like, Tensor) and not like.is_floating_point(): fits,what = isinstance(v, Tensor) and not v.is_floating_point(),f'a tensor of {like.dtype}'
     elif isinstance(like, Tensor): fits,what = isinstance(v, Tensor) and v.is_floating_point() and v.layout is like.layout,'a floating-point tensor'
     elif isinstance(like, float): fits,what = isinstance(v, Real) and not isinstance(v, bool),'a number'
-    else: fits,what = isinstance(v, Integral) and not isinstance(v, bool) and v >= 0,'a whole number from 0 on'
+    elif isinstance(like, int): fits,what = isinstance(v, Integral) and not isinstance(v, bool) and v >= 0,'a whole number from 0 on'
+    else: return # a list, say: a stepper's own affair
     has = f"one of {v.dtype} ({v.layout})" if isinstance(v, Tensor) else repr(v)
     if not fits: raise ValueError(f"`{name}` of {where} must be {what}, {holder} has {has}")
     if isinstance(v, Tensor) and v.shape != like.shape: raise ValueError(f"`{name}` of {where} has shape {tuple(v.shape)}, the parameter has {tuple(like.shape)}")

@@ -105,7 +105,7 @@ most_numbers = 2**24 # in a bucket on a CPU, about: what a stepper allocates for
 class MultiTensorOptimizer(Optimizer):
     "An `Optimizer` that calls each stepper of `cbs` once for all parameters that are treated alike"
     _keep_on_clear = [*Optimizer._keep_on_clear, 'do_gc', 'do_muon']
-    drop = 'opt.state.pop(p)' # what drops the state of a parameter, for messages
+    how_to_drop = 'opt.state.pop(p)' # what drops the state of a parameter, for messages
     def __init__(self,
         params, # Parameters, or lists of them: one list for each parameter group
         cbs, # Steppers: these, fastai's, or your own
@@ -216,7 +216,7 @@ class MultiTensorOptimizer(Optimizer):
         named = [(name, p) for name,p in self.named_params() if p.grad is not None]
         for name,p in named:
             check_grad(name, p, self.calls)
-            check_state(name, p, self.state.get(p, {}), self.calls, self.drop)
+            check_state(name, p, self.state.get(p, {}), self.calls, self.how_to_drop)
         hypers,res,current,sizes = list(self.hypers),[],{},{}
         rows = [(i, p, self.state[p]) for i,pg in zip(map(hypers.index, hypers), self.param_lists) for p in pg if p.grad is not None]
         self._start_state([(p, state) for _,p,state in rows])

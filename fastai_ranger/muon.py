@@ -7,8 +7,7 @@ __all__ = ['orthogonalize', 'muon_step', 'muon_radam_step', 'find_ends', 'hidden
            'ranger_muon']
 
 # %% ../nbs/12_muon.ipynb #b3bd3db6
-import math,torch
-import re
+import math,re,torch
 from collections import defaultdict
 from collections.abc import Iterable
 from difflib import get_close_matches

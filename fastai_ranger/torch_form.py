@@ -125,9 +125,10 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def _give_muon(self, group):
         "Muon for the parameters of `group`, or for none of them, as it says: whatever `spare_ends` has said"
-        wanted = switch.check('use_muon', group['use_muon'])
-        self._check_muon(wanted, group['params'])
-        for p in group['params']: set_muon(self.inner.state[p], p, wanted)
+        wanted,state = switch.check('use_muon', group['use_muon']),self.inner.state
+        others = [p for p in group['params'] if state[p].get('do_muon') is not wanted] # none, in most steps
+        self._check_muon(wanted, others)
+        for p in others: set_muon(state[p], p, wanted)
 
     def _check_names(self, group, shown):
         "`ValueError` if a hyper was written into `group` by two names since it looked as `shown`"

@@ -83,7 +83,7 @@ class _Ahead(MultiTensorOptimizer):
         self.opt.register_load_state_dict_pre_hook(self._check)
         self.opt.register_load_state_dict_post_hook(self._load)
 
-    drop = 'opt.state.pop(p); opt.opt.state.pop(p)'
+    how_to_drop = 'opt.state.pop(p); opt.opt.state.pop(p)'
 
     def begin(self):
         "Begin an update of the parameters that have a gradient"
@@ -101,7 +101,7 @@ class _Ahead(MultiTensorOptimizer):
             if p.grad is None: continue
             if self.opt.state.get(p) and self._shapes.get(p, p.shape) != p.shape:
                 raise ValueError(f"cannot step {name}: it has shape {tuple(p.shape)}, its state in {type(self.opt).__name__} is of shape {tuple(self._shapes[p])}. "
-                    f"Make a new optimizer, or drop the state of this parameter `p` with {self.drop}")
+                    f"Make a new optimizer, or drop the state of this parameter `p` with {self.how_to_drop}")
             self._shapes[p] = p.shape
 
     def end(self):

@@ -81,8 +81,11 @@ def by_group(k, v):
     opt = ranger(ps(), lr=.01)
     opt.hypers[0][k] = v
     return step(opt)
-def settled(k, v): return types.SimpleNamespace(hypers=[MultiTensorOptimizer(ps(), [slow_weights, partial(sgd_step, **{'lr': .01, **({k: v} if k=='lr' else {})}),
-    partial(weight_decay, lr=.01, **({k: v} if k=='wd' else {})), partial(lookahead_step, **({k: v} if k in ('k', 'alpha') else {}))]).calls[dict(lr=1, wd=2, k=3, alpha=3)[k]][1]])
+def settled(k, v):
+    "What a `partial` settles, as a dict beside those of an optimizer"
+    f = dict(lr=sgd_step, wd=weight_decay, k=lookahead_step, alpha=lookahead_step)[k]
+    opt = MultiTensorOptimizer(ps(), [slow_weights, partial(f, **{k: v}), lookahead_step], lr=.01)
+    return types.SimpleNamespace(hypers=[opt.calls[1][1]])
 
 def ahead_of_torchs(k, v):
     opt = lookahead(torch.optim.SGD, **({k: v} if k in ('k', 'alpha') else {}))(ps(), lr=v if k=='lr' and not isinstance(v, torch.Tensor) else .01)
