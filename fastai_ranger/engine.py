@@ -133,12 +133,13 @@ class MultiTensorOptimizer(Optimizer):
         self.calls = [(f, {k: self.check_hyper(k, v) for k,v in settled.items()}) for f,settled in made]
         self.phases = [(scope, list(calls)) for scope,calls in groupby(self.calls, lambda o: o[0].scope)]
         self.starts,self.anchored = merge(*(f.state for f in fs)),{k for f in fs for k in f.anchored}
+        self.declared = to_check(self.calls)
         self.contested = any(start != self.starts[k] for f in fs for k,start in f.state.items()) # two steppers start one state
         self.names = {*hypers, *chain(*self.checks)}
         self._last,self._before = None,{} # buckets of the last step; weights and state from before a load
         self._checked = [] # hypers as they were checked
 
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('calls', 'phases', 'starts', 'anchored', 'contested', 'checks', 'names', '_last', '_before', '_checked')}
+    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ('calls', 'phases', 'starts', 'anchored', 'declared', 'contested', 'checks', 'names', '_last', '_before', '_checked')}
     def __setstate__(self, d):
         self.__dict__.update(d)
         self._declare(self.cbs, self.hypers[0])
@@ -216,11 +217,11 @@ class MultiTensorOptimizer(Optimizer):
         named = [(name, p) for name,p in self.named_params() if p.grad is not None]
         for name,p in named:
             check_grad(name, p, self.calls)
-            check_state(name, p, self.state.get(p, {}), self.calls, self.how_to_drop)
+            check_state(name, p, self.state.get(p, {}), self.declared, self.how_to_drop)
         hypers,res,current,sizes = list(self.hypers),[],{},{}
         rows = [(i, p, self.state[p]) for i,pg in zip(map(hypers.index, hypers), self.param_lists) for p in pg if p.grad is not None]
         self._start_state([(p, state) for _,p,state in rows])
-        for name,p in named if self.contested else []: check_state(name, p, self.state[p], self.calls)
+        for name,p in named if self.contested else []: check_state(name, p, self.state[p], self.declared, self.how_to_drop)
         for i,(group,p,state) in enumerate(rows):
             plain = tuple((k,v) if isinstance(v, _plain) else (k,) for k,v in state.items())
             key = group,p.device,p.dtype,plain

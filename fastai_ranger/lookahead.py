@@ -56,7 +56,7 @@ def _with_slow_weights(self:MultiTensorOptimizer):
     if not self.has_slow_weights: raise ValueError("this optimizer keeps no slow weights: a stepper such as `slow_weights` is missing")
     res = [(p, s, h) for p,_,s,h in self.all_params() if 'slow' in s and (p.requires_grad or not isinstance(p, Parameter))]
     names = {p: name for name,p in self.named_params()}
-    for p,s,_ in res: check_state(names[p], p, s, self.calls, self.how_to_drop)
+    for p,s,_ in res: check_state(names[p], p, s, self.declared, self.how_to_drop)
     self._start_state([(p, s) for p,s,_ in res])
     return res
 
