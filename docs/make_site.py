@@ -16,7 +16,7 @@ from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults,_default_exp,add_links,clean_show_doc,exec_show_docs,insert_warning,rm_export
 from sphinx.cmd.build import build_main
 
-from fastai_ranger.stepper import Stepper,stepper,unless
+from fastai_ranger.core.stepper import Stepper,stepper,unless
 
 docs = Path(__file__).parent
 root,nbs,pkg = docs.parent,docs.parent/'nbs','fastai_ranger'
@@ -60,8 +60,8 @@ empty = inspect.Parameter.empty
 
 @cache
 def shared():
-    "What each name means that steppers share, and its range: from the table in `00_stepper`"
-    text = next(c.source for c in read_nb(nbs/'00_stepper.ipynb').cells if c.source.startswith('## The names that steppers share'))
+    "What each name means that steppers share, and its range: from the table in `core/stepper`"
+    text = next(c.source for c in read_nb(nbs/'core/stepper.ipynb').cells if c.source.startswith('## The names that steppers share'))
     return {k: (what[0].upper()+what[1:], at) for k,what,at in re.findall(r'^\| `(\w+)` \| (.*?) \| (.*?) ?\|$', text, re.M)}
 
 def start(v):

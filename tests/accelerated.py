@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 from fastai.basics import *
 from fastai.distributed import *
 from fastai_ranger.all import *
-from fastai_ranger.lab.data import digits
+from fastai_ranger.compare.data import digits
 from fastcore.test import test_close
 from helpers import Float64
 from torch.optim.lr_scheduler import CosineAnnealingLR

@@ -12,7 +12,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai_ranger.all import *
-from fastai_ranger.lab.data import cnn, digits_dls
+from fastai_ranger.compare.data import cnn, digits_dls
 
 folder = Path(sys.argv[1])
 

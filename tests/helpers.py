@@ -7,7 +7,7 @@ import torch
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.fp16 import MixedPrecision
 from fastai_ranger.all import *
-from fastai_ranger.lab.registry import OptInfo, optimizers
+from fastai_ranger.compare.registry import OptInfo, optimizers
 from torch import nn
 
 def ours(info):
@@ -47,7 +47,7 @@ def is_whole(info): return any(f.scope=='all' for f,_ in engine(info.opt_func([n
 # Processes of their own
 
 forked = multiprocessing.get_context('forkserver') # from one that has imported everything, which takes seconds, and has run nothing
-forked.set_forkserver_preload(['fastai_ranger.lab.compare', 'sklearn.datasets', 'pytest', 'accelerate', 'fastai.distributed', 'torch.distributed.checkpoint.state_dict'])
+forked.set_forkserver_preload(['fastai_ranger.compare.comparison', 'sklearn.datasets', 'pytest', 'accelerate', 'fastai.distributed', 'torch.distributed.checkpoint.state_dict'])
 
 def _into(log, threads, f, args, kwargs):
     fd = os.open(log, os.O_WRONLY|os.O_CREAT|os.O_APPEND)

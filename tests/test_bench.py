@@ -7,8 +7,8 @@ import matplotlib
 matplotlib.use('agg')
 import pytest
 import torch
-from fastai_ranger.lab.bench import *
-from fastai_ranger.lab.registry import OptInfo, optimizers, register
+from fastai_ranger.compare.bench import *
+from fastai_ranger.compare.registry import OptInfo, optimizers, register
 from PIL import Image
 
 command = Path(sys.executable).parent/'ranger-bench'

@@ -18,9 +18,9 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.metrics import accuracy
 from fastai_ranger.all import Adam, ranger_muon
-from fastai_ranger.lab import data
-from fastai_ranger.lab.compare import check_args, cnn, compare, digits_dls, learner_func, models, optimizers, ranger_compare, register, scheds, summarize, train_run
-from fastai_ranger.lab.report import best_rates,colors_of,plot_curves
+from fastai_ranger.compare import data
+from fastai_ranger.compare.comparison import check_args, cnn, compare, digits_dls, learner_func, models, optimizers, ranger_compare, register, scheds, summarize, train_run
+from fastai_ranger.compare.report import best_rates,colors_of,plot_curves
 from helpers import finish, fork, forked
 from PIL import Image
 from scipy.stats import ttest_rel
@@ -361,7 +361,7 @@ def test_a_run_goes_on_after_any_epoch(opt, sched, tmp_path, monkeypatch):
 
 def test_seconds_of_a_stopped_run(tmp_path, monkeypatch):
     "are those of its whole epochs, with nothing of the time between"
-    monkeypatch.setattr('fastai_ranger.lab.train._now', lambda: now)
+    monkeypatch.setattr('fastai_ranger.compare.train._now', lambda: now)
     now,fail = 0.,3
     def step(self):
         nonlocal now
@@ -408,8 +408,8 @@ def test_time_left(tmp_path, monkeypatch, capsys):
         dls = get_learner(kwargs['opt_func']).dls
         now += 3*len(dls.train_ds) + len(dls.valid_ds)
         return [dict(epoch=1, train_loss=1., valid_loss=1., accuracy=.5, seconds=1., opt_seconds=.1)]
-    monkeypatch.setattr('fastai_ranger.lab.compare.train_run', run)
-    monkeypatch.setattr('fastai_ranger.lab.compare.perf_counter', lambda: now)
+    monkeypatch.setattr('fastai_ranger.compare.comparison.train_run', run)
+    monkeypatch.setattr('fastai_ranger.compare.comparison.perf_counter', lambda: now)
     compare('digits', opts='ranger,adam', epochs=1, seeds=2, lr_grid=2, n_tune=100, out=tmp_path)
     left = [o.split('about ')[1].removesuffix(' left') for o in capsys.readouterr().out.splitlines() if 'about' in o]
     walls = [3*100+288]*4 + [3*1437+360]*4

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fastai.learner import Learner
 from fastai_ranger.all import *
-from fastai_ranger.lab.registry import OptInfo, optimizers, register
+from fastai_ranger.compare.registry import OptInfo, optimizers, register
 from fastai_ranger.lab.workflows import digits_learner, fit
 from helpers import (alone, as_it_is, channels_last, engine, equal, flat, has_slow, holes, inner, is_whole, load, ours, records, same, through_a_file,
     turned, twin_of)
@@ -383,7 +383,7 @@ def refuses_a_bad_parameter(info, dtype):
 def few_at_a_time_are_all_at_once(info):
     "Buckets of ten numbers, or of all"
     def run(most):
-        with patch('fastai_ranger.engine.most_numbers', most):
+        with patch('fastai_ranger.core.optimizer.most_numbers', most):
             gs = model()
             opt = make(info, gs)
             return flat(go(opt, gs, 13)),len(engine(opt).buckets())
@@ -403,7 +403,7 @@ def a_device_without_the_kernel_finds_the_same(info):
         gs = model()
         return flat(go(make(info, gs), gs, 30))
     fused = run()
-    with patch('fastai_ranger.kernels.fused_devices', set()): assert apart(run(), fused) < 1e-11
+    with patch('fastai_ranger.core.kernels.fused_devices', set()): assert apart(run(), fused) < 1e-11
 
 ## The same formulas in fastai's steppers
 

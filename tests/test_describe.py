@@ -5,7 +5,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 import fastai.optimizer as stock
 from fastai_ranger.all import *
-from fastai_ranger.lab.data import cnn, digits_dls
+from fastai_ranger.compare.data import cnn, digits_dls
 from torch import nn
 from fastai.learner import Learner
 

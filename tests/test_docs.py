@@ -87,11 +87,11 @@ def test_a_page_for_each_notebook(site):
     assert (site/'llms.txt').read_text().count('.md)') >= len(names)
 
 def test_a_name_has_its_parameters_and_source(site):
-    text = (site/'12_muon.html').read_text()
-    assert 'id="fastai_ranger.muon.ranger_muon"' in text and '_modules/fastai_ranger/muon.html#ranger_muon' in text
+    text = (site/'optimizers/muon.html').read_text()
+    assert 'id="fastai_ranger.optimizers.muon.ranger_muon"' in text and '_modules/fastai_ranger/optimizers/muon.html#ranger_muon' in text
     assert not [f for f in site.rglob('*.html') if re.search('(?<!<td>)<p>None</p>', f.read_text())]
-    assert '<summary' in (site/'tutorials/architecture.html').read_text() # code that is folded
-    assert '<math' in (site/'04_radam.html').read_text()
+    assert '<summary' in (site/'explanation/architecture.html').read_text() # code that is folded
+    assert '<math' in (site/'optimizers/adam.html').read_text()
 
 public = {k: o for k,o in vars(fastai_ranger.all).items() if getattr(o, '__module__', '').startswith('fastai_ranger')}
 
@@ -120,7 +120,7 @@ def test_in_a_browser(site, browser):
 
 def test_search(site, browser):
     browser.open((site/'search.html').as_uri()+'?q=muon_step')
-    until(lambda: browser.js('[...document.querySelectorAll("#search-results a")].some(o => o.href.includes("12_muon.html"))'))
+    until(lambda: browser.js('[...document.querySelectorAll("#search-results a")].some(o => o.href.includes("optimizers/muon.html"))'))
 
 def test_theme(site, browser):
     browser.width(1400)

@@ -4,10 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from fastai_ranger import kernels, lookahead as lookahead_module, radam
+from fastai_ranger.core import kernels, lookahead as lookahead_module
+from fastai_ranger.optimizers import adam as radam
 from fastai_ranger.all import *
-from fastai_ranger.lab.bench import memory
-from fastai_ranger.kernels import chunks, follow
+from fastai_ranger.compare.bench import memory
+from fastai_ranger.core.kernels import chunks, follow
 from hypothesis import given, settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from fastai_ranger.all import *
 from fastai_ranger.learner import restart_on_load
-from fastai_ranger.torch_form import to_torch
+from fastai_ranger.interop import to_torch
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from helpers import as_it_is, channels_last, flat, has_slow, holes, inner, records, through_a_file, turned, twin_of

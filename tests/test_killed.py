@@ -9,7 +9,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from fastai_ranger import ranger
-from fastai_ranger.lab.data import cnn, digits_dls
+from fastai_ranger.compare.data import cnn, digits_dls
 from helpers import finish, fork, same
 
 epochs = 8

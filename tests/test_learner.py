@@ -10,7 +10,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import params, set_seed
 from fastai_ranger.all import as_torch, lookahead, ranger, ranger_muon
-from fastai_ranger.lab.data import cnn, digits_dls
+from fastai_ranger.compare.data import cnn, digits_dls
 
 def learner(opt_func, **kwargs):
     set_seed(0, reproducible=True)

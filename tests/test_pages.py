@@ -10,9 +10,9 @@ import torch.distributed.checkpoint.state_dict, torch.distributed.fsdp
 from accelerate import Accelerator
 
 import fastai_ranger.all
-from fastai_ranger.lab.bench import epoch_opts,ranger_bench
-from fastai_ranger.lab.compare import compare
-from fastai_ranger.lab.registry import optimizers
+from fastai_ranger.compare.bench import epoch_opts,ranger_bench
+from fastai_ranger.compare.comparison import compare
+from fastai_ranger.compare.registry import optimizers
 
 root = Path(__file__).parents[1]
 pages = [root/'README.md', root/'CONTRIBUTING.md', *sorted((root/'nbs').rglob('*.ipynb'))]

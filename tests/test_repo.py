@@ -42,14 +42,17 @@ def test_no_field_in_both_files():
     assert not (set(project)-{'dynamic'}) & there
 
 def imported(f):
-    "All that the module in file `f` imports: `.lab.data.cnn` for `from .lab.data import cnn`"
+    "All that the module in file `f` imports: `.compare.data.cnn` for `from .compare.data import cnn`"
     for o in ast.walk(ast.parse(f.read_text())):
         if isinstance(o, ast.Import): yield from (a.name for a in o.names)
         if isinstance(o, ast.ImportFrom): yield from ('.'*o.level + '.'.join(filter(None, (o.module, a.name))) for a in o.names)
 
-def test_the_library_never_imports_the_lab():
-    "nor what only the lab needs; `plot` alone draws"
-    mine = {f.name: [o for o in imported(f) if re.match(r'(fastai_ranger)?\.lab\b|(scipy|sklearn|matplotlib|pandas)\b', o)] for f in (root/'fastai_ranger').glob('*.py')}
+def test_the_library_never_imports_the_commands():
+    "nor what only these need; `plot` alone draws"
+    package = root/'fastai_ranger'
+    library = [f for f in package.rglob('*.py') if f.parent.name not in ('compare', 'lab')]
+    foreign = r'(fastai_ranger)?\.+(compare|lab)\b|(scipy|sklearn|matplotlib|pandas)\b'
+    mine = {f.name: [o for o in imported(f) if re.match(foreign, o)] for f in library}
     assert mine.pop('plot.py')==['matplotlib.pyplot']
     assert len(mine) > 9 and not any(mine.values()), mine
 

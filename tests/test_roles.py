@@ -14,7 +14,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai_ranger.all import *
-from fastai_ranger.muon import find_ends, hidden_weights
+from fastai_ranger.optimizers.muon import find_ends, hidden_weights
 from torch import nn
 
 def names(model, modules): return [n for n,m in model.named_modules() if any(m is o for o in modules)]

@@ -8,8 +8,8 @@ from fastai.callback.schedule import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import params
 from fastai_ranger.all import ranger, ranger21
-from fastai_ranger.lab.data import cnn, digits_dls
-from fastai_ranger.ranger_2021 import sched_ranger21
+from fastai_ranger.compare.data import cnn, digits_dls
+from fastai_ranger.contrib.ranger21 import sched_ranger21
 
 def their_rates(n, lr, sqr_mom, lr_end):
     "A peer's, which are those of Ranger21's code"

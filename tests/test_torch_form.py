@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from fastai_ranger.all import *
-from fastai_ranger.torch_form import to_torch
+from fastai_ranger.interop import to_torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import SWALR

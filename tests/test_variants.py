@@ -12,7 +12,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from fastai_ranger.all import *
 from fastai_ranger.all import ranger
-from fastai_ranger.lab.data import digits_dls
+from fastai_ranger.compare.data import digits_dls
 from pytorch_optimizer.optimizer import ranger21 as their_ranger21
 from pytorch_optimizer.optimizer.utils.gradient import normalize_gradient
 from ranger_adabelief import RangerAdaBelief

@@ -19,7 +19,7 @@ from fastai.torch_core import params
 from fastai_ranger.all import *
 from fastcore.all import L
 from fastai_ranger.lab.workflows import clip, digits_learner, export, fit, largest, resume, skipped_steps, stand_still, swap, weights, workflows
-from fastai_ranger.lab.registry import optimizers
+from fastai_ranger.compare.registry import optimizers
 from fastai_ranger.lab.workflows import slow_of
 from fastai_ranger.learner import restart_on_load
 from helpers import Float64, Overflow, equal, has_slow, param, records, same, sgd_ahead, state, steps
