@@ -18,6 +18,7 @@ from .core.stepper import *
 from .core.optimizer import *
 from .core.lookahead import *
 from .optimizers.around import *
+from .interop import engine_of
 
 # %% ../nbs/distributed.ipynb #4bdd2d2a
 def _in_group(): return dist.is_available() and dist.is_initialized()
@@ -50,7 +51,8 @@ def average_ranks(p, grad, slow, slow_step, k,
     for o,new in zip(p, mean.split([o.numel() for o in p])): o.copy_(new.view_as(o))
 
 # %% ../nbs/distributed.ipynb #9a2657cf
-@stepper(state=dict(outer_avg=torch.zeros_like), hypers=dict(**lookahead_step.hypers, outer_mom=hyper(.9, 0, 1)), anchored='outer_avg', syncs=True)
+@stepper(state=dict(outer_avg=torch.zeros_like), hypers=dict(**lookahead_step.hypers, outer_mom=hyper(.9, 0, 1)),
+         anchored='outer_avg', syncs=True)
 def outer_step(p, grad, slow, slow_step, k, alpha,
     outer_avg, # Momentum of the outer step
     outer_mom, # Its coefficient, in [0, 1)
@@ -68,30 +70,29 @@ def outer_step(p, grad, slow, slow_step, k, alpha,
     torch._foreach_copy_(p, slow)
 
 # %% ../nbs/distributed.ipynb #feb53658
-def _diloco(params, opt_func, **kwargs):
-    hypers = {o: kwargs.pop(o) for o in ('k', 'alpha', 'outer_mom')}
-    opt,ends = make_opt(params, opt_func, **kwargs),[average_ranks, outer_step]
-    if lookahead_step in list(getattr(opt, 'cbs', ())):
-        cbs = [o for cb in opt.cbs for o in (ends if cb is lookahead_step else [cb])]
-        res = MultiTensorOptimizer(opt.param_lists, cbs, **{o: [h[o] for h in opt.hypers] for o in opt.hypers[0] if o not in hypers}, **hypers)
-    else: res = put_lookahead(opt, opt_func, ends, **hypers)
-    res.name = f"diloco({getattr(opt, 'name', None) or name_of(opt_func)})"
-    return res
+def _without_lookahead(params, opt_func, **kwargs):
+    "The optimizer that `opt_func` makes, without the steppers of Lookahead"
+    opt = make_opt(params, opt_func, **kwargs)
+    if lookahead_step not in list(getattr(opt, 'cbs', ())): return opt
+    cbs = [cb for cb in opt.cbs if cb not in (slow_weights, lookahead_step)]
+    own = {k: [h[k] for h in opt.hypers] for k in opt.hypers[0] if k not in lookahead_step.hypers}
+    return MultiTensorOptimizer(opt.param_lists, cbs, **own)
 
 def diloco(
     opt_func, # An `opt_func`, in or out of Lookahead, a class of PyTorch optimizers, or a list of steppers
-    k:int=30, # Updates from one average over the ranks to the next, a whole number from 1 on
-    alpha:float=.7, # Outer learning rate, in [0, 1]
-    outer_mom:float=.9, # Outer momentum, in [0, 1)
+    k:int=30, # Updates from one average over the ranks to the next
+    alpha:float=.7, # Outer learning rate
+    outer_mom:float=outer_step.defaults['outer_mom'], # Outer momentum
     **kwargs # None: what a `Learner` passes shows that `diloco` was not called
 ): # An `opt_func`
     "DiLoCo with the optimizer that `opt_func` makes; without a process group, its outer step alone"
-    if kwargs: raise TypeError(f"`diloco` makes an `opt_func`, and takes no {', '.join(kwargs)}: write `opt_func=diloco(Adam)`, not `opt_func=diloco`")
-    hypers = dict(k=k, alpha=alpha, outer_mom=outer_mom)
-    for name,v in hypers.items(): outer_step.hypers[name].check(name, v)
-    if isinstance(opt_func, (torch.optim.Optimizer, OptimWrapper)): raise ValueError("`diloco` needs an `opt_func`, such as `torch.optim.SGD`, got an optimizer that is built already")
-    return partial(_diloco, **{**lookahead(opt_func, k, alpha).keywords, **hypers})
-
+    if kwargs:
+        raise TypeError(f"`diloco` makes an `opt_func`, and takes no {', '.join(kwargs)}: "
+                        "write `opt_func=diloco(Adam)`, not `opt_func=diloco`")
+    if isinstance(opt_func, (torch.optim.Optimizer, OptimWrapper)):
+        raise ValueError("`diloco` needs an `opt_func`, such as `torch.optim.SGD`, got an optimizer that is built already")
+    if callable(opt_func): opt_func = partial(_without_lookahead, opt_func=opt_func, **lr_of(opt_func))
+    return around(opt_func, [slow_weights], [average_ranks, outer_step], 'diloco', k=k, alpha=alpha, outer_mom=outer_mom)
 
 # %% ../nbs/distributed.ipynb #c48eb5b1
 def _shared_out(dl):
@@ -106,9 +107,10 @@ class DiLoCoTrainer(Callback):
     def before_fit(self):
         "`RuntimeError` without a process group; `ValueError` if the optimizer does not average, and in `lr_find`"
         if not _in_group(): raise RuntimeError("`DiLoCoTrainer` needs a process group: call torch.distributed.init_process_group(), and start the script with torchrun")
-        calls = getattr(getattr(self.opt, 'ahead', self.opt), 'calls', ())
-        if average_ranks not in [f for f,_ in calls]: raise ValueError("`DiLoCoTrainer` needs an `opt_func` that averages, such as `diloco(ranger)`")
-        if hasattr(self.learn, 'lr_finder'): raise ValueError("the ranks would stop `lr_find` at different rates: call it on one process, without `DiLoCoTrainer`")
+        if average_ranks not in getattr(self.opt, 'cbs', ()):
+            raise ValueError("`DiLoCoTrainer` needs an `opt_func` that averages, such as `diloco(ranger)`")
+        if hasattr(self.learn, 'lr_finder'):
+            raise ValueError("the ranks would stop `lr_find` at different rates: call it on one process, without `DiLoCoTrainer`")
         for o in [*self.model.parameters(), *self.model.buffers()]: dist.broadcast(o.detach(), 0)
         self.loaders = list(self.dls.loaders)
         self.learn.dls.loaders = [_shared_out(dl) for dl in self.loaders]

@@ -12,6 +12,8 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai_ranger.all import *
+from fastai_ranger.steppers import *
+from fastai_ranger.core.stepper import common
 from fastai_ranger.compare.data import cnn, digits_dls
 
 folder = Path(sys.argv[1])
@@ -90,7 +92,7 @@ def paper(rounds=6, k=4, spoil=None):
             if spoil and t==1 and dist.get_rank()==world-1: spoil(m, o)
 
 def spoilt():
-    def spoil(m, o): o.state[m[0].weight]['slow' if isinstance(o, LookaheadWrapper) else 'grad_avg'][0,0] += 1e-6
+    def spoil(m, o): o.state[m[0].weight]['slow' if o.guests else 'grad_avg'][0,0] += 1e-6
     paper(spoil=spoil)
 
 def raises(what, f):

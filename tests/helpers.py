@@ -7,6 +7,7 @@ import torch
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.fp16 import MixedPrecision
 from fastai_ranger.all import *
+from fastai_ranger.steppers import *
 from fastai_ranger.compare.registry import OptInfo, optimizers
 from torch import nn
 
@@ -19,7 +20,7 @@ def ours(info):
         except ValueError as e:
             if 'requires PyTorch' not in str(e): raise
             return False
-    return isinstance(opt, (MultiTensorOptimizer, LookaheadWrapper))
+    return isinstance(opt, MultiTensorOptimizer)
 
 # Records of all on our engine, each with the same formulas in fastai's steppers
 
@@ -39,10 +40,11 @@ def twin_of(info):
 records = [o for o in [*optimizers.values(), *more] if ours(o)]
 
 def flat(gs): return [p for g in gs for p in g]
-def inner(opt): return opt.opt if isinstance(opt, LookaheadWrapper) else None
-def engine(opt): return opt.ahead if isinstance(opt, LookaheadWrapper) else opt
+def inner(opt):
+    "PyTorch's optimizer in `opt`, if there is one"
+    return opt.guests[0].torch if getattr(opt, 'guests', None) else None
 def has_slow(opt): return getattr(opt, 'has_slow_weights', False)
-def is_whole(info): return any(f.scope=='all' for f,_ in engine(info.opt_func([nn.Parameter(torch.zeros(1))], lr=info.lr)).calls)
+def is_whole(info): return any(f.scope=='all' for f,_ in info.opt_func([nn.Parameter(torch.zeros(1))], lr=info.lr).calls if not f.is_guest)
 
 # Processes of their own
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from fastai.learner import Learner
 from fastai_ranger.all import *
+from fastai_ranger.steppers import *
 from fastai_ranger.compare.registry import OptInfo, optimizers, register
 from fastai_ranger.lab.workflows import digits_learner, fit
-from helpers import (alone, as_it_is, channels_last, engine, equal, flat, has_slow, holes, inner, is_whole, load, ours, records, same, through_a_file,
+from helpers import (alone, as_it_is, channels_last, equal, flat, has_slow, holes, inner, is_whole, load, ours, records, same, through_a_file,
     turned, twin_of)
 from torch import nn
 
@@ -131,7 +132,7 @@ def refuses_a_bad_checkpoint(info):
     go(opt, gs, 4), go(other, ws, 5)
     sd = other.state_dict()
     before,hypers,state = weights(gs),[dict(h) for h in opt.hypers],states(opt, gs)
-    for bad in spoilt(sd, [k for k,v in own(sd)['state'][-1].items() if k in engine(opt).starts and isinstance(v, torch.Tensor)]):
+    for bad in spoilt(sd, [k for k,v in own(sd)['state'][-1].items() if k in opt.starters and isinstance(v, torch.Tensor)]):
         with pytest.raises(ValueError), pytest.warns(UserWarning): opt.load_state_dict(bad)
         assert equal(before, flat(gs)) and same(states(opt, gs), state) and list(opt.hypers)==hypers
 
@@ -210,7 +211,7 @@ def storage_stays(info):
     "Weights, and the state that is declared, are updated in place"
     gs = model()
     opt = make(info, gs)
-    def where(): return [p.data_ptr() for p in flat(gs)] + [v.data_ptr() for p in flat(gs) for k,v in opt.state[p].items() if k in engine(opt).starts and isinstance(v, torch.Tensor)]
+    def where(): return [p.data_ptr() for p in flat(gs)] + [v.data_ptr() for p in flat(gs) for k,v in opt.state[p].items() if k in opt.starters and isinstance(v, torch.Tensor)]
     go(opt, gs, 1)
     before = where()
     go(opt, gs, 12, 1)
@@ -270,7 +271,7 @@ def restart_begins_anew(info, dtype):
         gs = model(dtype)
         opt = make(info, gs)
         go(opt, gs, n)
-        before,anchored = states(opt, gs),engine(opt).anchored
+        before,anchored = states(opt, gs),opt.anchored
         opt.restart()
         assert same(states(opt, gs), [{k: v for k,v in s.items() if k not in anchored} for s in before])
         if not has_slow(opt): continue
@@ -340,7 +341,7 @@ def what_is_not_finite_harms_no_other(info, bad, dtype):
         opt = make(info, gs)
         if has_slow(opt): opt.set_hyper('k', 3)
         for i in range(11):
-            if i==9 and has_slow(opt): assert all(s[k].isfinite().all() for s in states(opt, gs) for k in engine(opt).anchored & set(s)) and all(p.isfinite().all() for p in flat(gs))
+            if i==9 and has_slow(opt): assert all(s[k].isfinite().all() for s in states(opt, gs) for k in opt.anchored & set(s)) and all(p.isfinite().all() for p in flat(gs))
             give(gs, i)
             if spoil and i==7: gs[1][0].grad[1, 2, 1, 0] = bad
             opt.step()
@@ -386,7 +387,7 @@ def few_at_a_time_are_all_at_once(info):
         with patch('fastai_ranger.core.optimizer.most_numbers', most):
             gs = model()
             opt = make(info, gs)
-            return flat(go(opt, gs, 13)),len(engine(opt).buckets())
+            return flat(go(opt, gs, 13)),len(opt.buckets())
     (a,n),(b,m) = run(10),run(10**9)
     assert apart(a, b) < 1e-12 and n > m
 

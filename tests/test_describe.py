@@ -5,6 +5,8 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 import fastai.optimizer as stock
 from fastai_ranger.all import *
+import fastai_ranger.fixes # `summary`
+from fastai_ranger.steppers import *
 from fastai_ranger.compare.data import cnn, digits_dls
 from torch import nn
 from fastai.learner import Learner

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from fastai_ranger.all import *
+from fastai_ranger.steppers import *
+from fastai_ranger.interop import TorchOptimizer
 
 def param(*vals, grad=None, dtype=torch.float64):
     p = torch.nn.Parameter(torch.tensor(vals, dtype=dtype))
@@ -275,7 +277,23 @@ def test_a_parameter_given_twice():
     with pytest.raises(ValueError, match='more than once'): ranger([[p], [p]], lr=.1)
 
 def test_closure():
-    with pytest.raises(NotImplementedError, match='closure'): ranger([param(1.)], lr=.1).step(lambda: 0)
+    "is called once, with gradients on, before the update; its value is returned"
+    p,q = param(1.),param(1.)
+    opt,plain = ranger([p], lr=.1),ranger([q], lr=.1)
+    def closure():
+        opt.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+    for i in range(7):
+        loss = opt.step(closure)
+        q.grad = 2*q.detach()
+        assert loss.item() == pytest.approx(q.item()**2)
+        plain.step()
+    assert torch.equal(p, q)
+    def fails(): raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError): opt.step(fails)
+    assert opt.state[p]['step'] == 7
 
 def inference(t):
     with torch.inference_mode(): return t.clone()
@@ -285,7 +303,7 @@ def inference(t):
 def test_frozen_of_a_kind_that_cannot_be_stepped(opt_func, kind):
     "does not stop the others"
     w,q = torch.nn.Parameter(torch.randn(4, 4)),torch.nn.Parameter(kind(torch.randn(3, 4)), requires_grad=False)
-    opt = opt_func([dict(params=[q]), dict(params=[w])] if isinstance(opt_func, partial) and opt_func.func is TorchOptimizer else [[q], [w]], lr=.1)
+    opt = opt_func([dict(params=[q]), dict(params=[w])] if isinstance(opt_func, type) else [[q], [w]], lr=.1)
     if hasattr(opt, 'freeze_to'): opt.freeze_to(1)
     for _ in range(7):
         w.grad = torch.ones_like(w)

@@ -7,6 +7,7 @@ import torch
 from fastai_ranger.core import kernels, lookahead as lookahead_module
 from fastai_ranger.optimizers import adam as radam
 from fastai_ranger.all import *
+from fastai_ranger.steppers import *
 from fastai_ranger.compare.bench import memory
 from fastai_ranger.core.kernels import chunks, follow
 from hypothesis import given, settings, strategies as st

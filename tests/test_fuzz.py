@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fastai_ranger.all import *
+from fastai_ranger.steppers import *
 from fastai_ranger.learner import restart_on_load
 from fastai_ranger.interop import to_torch
 from hypothesis import HealthCheck, settings, strategies as st
@@ -36,8 +37,9 @@ class Model:
     "What an optimizer should do: for each weight a copy, a gradient, a dict of state, and the slow weights"
     def __init__(self, info):
         twin = alone(twin_of(info), info)
-        self.ahead,self.usual = hasattr(twin, 'opt'),dict(twin.hypers[0])
-        opt = twin.opt if self.ahead else twin
+        self.ahead = hasattr(twin, 'opt') or inner(twin) is not None
+        self.usual = dict(twin.hypers[0])
+        opt = inner(twin) or (twin.opt if self.ahead else twin)
         self.cbs = [partial(torch_step, made=type(opt))] if inner(twin) else list(opt.cbs)
         self.n = getattr(opt, 'n', len(self.cbs)) # steppers before Ranger21's mean of all
         self.hypers,self.group,self.weights,self.grads,self.state,self.slow,self.count,self.frozen = [],[],[],[],[],[],[],0
@@ -130,7 +132,7 @@ class Fuzz(RuleBasedStateMachine):
     def begin(self, name, as_torch, sharded):
         self.info,self.n,self.model = infos[name],0,Model(infos[name])
         ours = alone(self.info.opt_func, self.info)
-        self.as_torch = as_torch and not inner(ours)
+        self.as_torch = as_torch
         self.each = all(f.shards=='any' for f,_ in getattr(ours, 'calls', ())) # does it treat each number by itself?
         self.sharded = sharded and self.each and torch.__version__ >= (2, 6) # from which on a file may hold a `DTensor`
         g = torch.Generator().manual_seed(0)
@@ -191,15 +193,14 @@ class Fuzz(RuleBasedStateMachine):
         self.opt.freeze_to(n)
         self.model.freeze(n)
 
-    @precondition(lambda self: len(self.gs)==2 and (self.as_torch or inner(self.opt)))
+    @precondition(lambda self: len(self.gs)==2 and self.as_torch)
     @rule()
     def add_group(self):
         self.gs.append([self.parameter(torch.linspace(-1, 1, n, dtype=torch.float64)) for n in (3, 2)])
-        own = {'lr': self.info.lr/2, **({'weight_decay': .2} if self.as_torch and 'wd' in self.usual else {})}
-        (self.made if self.as_torch else self.opt.opt).add_param_group(dict(params=self.gs[-1], **own))
-        last,hypers = self.model.hypers[-1],{**self.usual, 'lr': own['lr']}
+        own = {'lr': self.info.lr/2, **({'weight_decay': .2} if 'wd' in self.usual else {})}
+        self.made.add_param_group(dict(params=self.gs[-1], **own))
+        hypers = {**self.usual, 'lr': own['lr']}
         if 'weight_decay' in own: hypers['wd'] = own['weight_decay']
-        if not self.as_torch: hypers.update({k: last[k] for k in ('k', 'alpha')})
         self.model.add(map(here, self.gs[-1]), hypers)
         self.tie()
 
@@ -228,7 +229,7 @@ class Fuzz(RuleBasedStateMachine):
     def checkpoint(self):
         "through a file, into a new optimizer with other hypers; slow weights that are to start do so as it is saved"
         for i,s in enumerate(self.model.state):
-            if set(s)-{'do_wd'} and not inner(self.opt): self.model.start(i)
+            if set(s)-{'do_wd'}: self.model.start(i)
         sd = through_a_file(self.made.state_dict())
         self.gs = [[nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in g] for g in self.gs]
         self.made = self.make(self.info.lr*3)
@@ -301,7 +302,7 @@ class Fuzz(RuleBasedStateMachine):
             p.grad = torch.ones_like(p)
             with pytest.raises(ValueError, match='cannot step parameter .* in place of'): self.made.step()
             p.grad = None
-        for opt in (self.opt, *([inner(self.opt)] if inner(self.opt) else [])): opt.state.pop(p, None)
+        self.opt.state.pop(p, None)
         self.model.reshape(i, p.detach())
         if i==1: self.opt.state[p]['do_wd'] = False
         self.tie()

@@ -92,6 +92,3 @@ def test_zero_grad_as_pytorchs_loops_call_it(opt_func):
         if left is None: assert p.grad is None and (kept==1).all()
         else: assert p.grad is kept and (kept==0).all()
         opt.zero_grad(**kwargs) # where there may be no gradient
-
-def test_a_closure_says_what_to_write():
-    with pytest.raises(NotImplementedError, match=r'make this one with `as_torch`'): ranger([torch.nn.Parameter(torch.ones(2))], lr=.1).step(lambda: 0)

@@ -5,6 +5,7 @@ import optimi
 import pytest
 import torch
 from fastai_ranger.all import *
+from fastai_ranger.steppers import *
 
 low = pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16))
 

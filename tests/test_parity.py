@@ -6,6 +6,8 @@ import fastai.optimizer as stock
 import pytest
 import torch
 from fastai_ranger.all import *
+from fastai_ranger.steppers import *
+from fastai_ranger.optimizers.adam import rectify
 from hypothesis import given, settings, strategies as st
 
 chain = [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, radam_step]

@@ -118,7 +118,7 @@ def test_a_look_up_table_is_one_however_it_is_written():
         model = TableNet(bare)
         opt = ranger_muon(model.parameters(), lr=.02)
         spare_ends(opt, model)
-        assert len(opt.muon_params) == 1 and opt.muon_params[0] is model.hidden.weight
+        assert len(opt.params_with('do_muon')) == 1 and opt.params_with('do_muon')[0] is model.hidden.weight
         g = torch.Generator().manual_seed(1)
         for _ in range(20):
             u,i = torch.randint(40, (2, 16), generator=g)
@@ -155,7 +155,7 @@ def learner(model, opt_func):
 
 def chain(): return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2))
 def first_only(model): return [model[0].weight]
-def which(opt, model): return [n for n,p in model.named_parameters() if any(p is o for o in opt.muon_params)]
+def which(opt, model): return [n for n,p in model.named_parameters() if any(p is o for o in opt.params_with('do_muon'))]
 
 @pytest.mark.parametrize('hidden,right', [(None, ['0.weight', '1.weight']), (first_only, ['0.weight']), (partial(hidden_weights, ends=['0', '1']), ['2.weight']),
     (partial(hidden_weights, ends='2'), ['0.weight', '1.weight']), (lambda model: {n: p for n,p in model.named_parameters() if p.ndim > 1}, ['0.weight', '1.weight', '2.weight']), (lambda model: [], [])])
@@ -181,7 +181,7 @@ def test_what_is_refused():
     model = chain()
     opt = muon(model.parameters(), lr=.1)
     with pytest.raises(ValueError, match="`ends` must be names of modules of the model, got 'haed': did you mean 'head'"): hidden_weights(nn.ModuleDict(dict(head=nn.Linear(4, 2))), ends='haed')
-    with pytest.raises(ValueError, match=r'`hidden` has 0.bias, of shape \(6,\): Muon is for matrices'): spare_ends(opt, model, lambda m: [m[0].bias])
+    with pytest.raises(ValueError, match=r'returns 0.bias, of shape \(6,\): Muon is for matrices'): spare_ends(opt, model, lambda m: [m[0].bias])
     with pytest.raises(ValueError, match='`hidden` must be a function of the model'): muon(model.parameters(), lr=.1, hidden=['0.weight'])
     with pytest.raises(ValueError, match='`opt` must be an optimizer that has Muon'): spare_ends(ranger(model.parameters(), lr=.1), model)
     for sgd in (torch.optim.SGD(model.parameters(), lr=.1), Accelerator(cpu=True).prepare(torch.optim.SGD(model.parameters(), lr=.1))):

@@ -6,7 +6,8 @@ import fastai.optimizer as stock
 import pytest
 import torch
 from fastai_ranger.all import *
-from helpers import engine, equal, finish, fork, has_slow, inner, records, same
+from fastai_ranger.steppers import *
+from helpers import equal, finish, fork, has_slow, inner, records, same
 from torch import nn
 
 infos = {o.name: o for o in records}
@@ -43,7 +44,6 @@ def refuses_another_shape(name, form, change):
             with pytest.raises(ValueError, match='cannot step parameter 0'): f()
         assert equal(before, ps)
     opt.state.pop(p)
-    if inner(opt): inner(opt).state.pop(p)
     for _ in range(7): step(opt, ps)
     assert all(o.isfinite().all() for o in ps) and not torch.equal(before[0], p)
 
@@ -51,7 +51,6 @@ def refuses_another_shape(name, form, change):
 @pytest.mark.parametrize('name', infos)
 def test_a_parameter_of_another_shape(name, form):
     "in a process of its own, which must not crash"
-    if form=='as_torch' and inner(make(name, [nn.Parameter(torch.zeros(1))], 'plain')): return
     finish(fork(_all_changes, name, form))
 
 def _all_changes(name, form):
@@ -163,15 +162,13 @@ def _fused_inside():
     opt = lookahead(partial(torch.optim.AdamW, fused=True))([p], lr=.1)
     for _ in range(3): step(opt, [p])
     p.grad,p.data = None,torch.randn(30000, 30)
-    with pytest.raises(ValueError, match=r'with opt.state.pop\(p\); opt.opt.state.pop\(p\)'): step(opt, [p])
+    with pytest.raises(ValueError, match=r'with opt.state.pop\(p\)'): step(opt, [p])
     opt.state.pop(p)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r'its state in AdamW is of shape \(300, 3\)'): step(opt, [p])
-    opt.opt.state.pop(p)
     for _ in range(7): step(opt, [p])
     p.grad,p.data = None,torch.randn(300, 3)
     opt.restart()
-    with pytest.raises(ValueError, match='its state in AdamW'): step(opt, [p])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r'its state in AdamW is of shape \(30000, 30\)'): step(opt, [p])
 
 def test_pytorchs_fused_kernel(): finish(fork(_fused_inside))
 

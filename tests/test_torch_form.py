@@ -6,6 +6,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from fastai_ranger.all import *
+from fastai_ranger.steppers import *
+import fastai_ranger.fixes # Accelerate's `prepare`
 from fastai_ranger.interop import to_torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, OneCycleLR, ReduceLROnPlateau
@@ -73,7 +75,7 @@ def test_refuses_a_checkpoint_with_nothing_changed():
     before = copy.deepcopy(opt.state_dict())
     bad = copy.deepcopy(before)
     bad['state'][0]['grad_avg'] = torch.zeros(2, dtype=torch.float64)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match='`grad_avg` of parameter 0 of group 0 has shape'): opt.load_state_dict(bad)
+    with pytest.raises(ValueError, match='`grad_avg` of parameter 0 of group 0 has shape'): opt.load_state_dict(bad)
     assert str(opt.state_dict()) == str(before)
 
 @pytest.mark.parametrize('twin', (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))))
@@ -187,7 +189,7 @@ def test_muon_by_group():
     for _ in range(7):
         for p in (w, v, b): p.grad = torch.ones_like(p)
         opt.step()
-    assert len(opt.muon_params) == 1 and opt.muon_params[0] is w and [g['use_muon'] for g in opt.param_groups] == [True, False]
+    assert len(opt.params_with('do_muon')) == 1 and opt.params_with('do_muon')[0] is w and [g['use_muon'] for g in opt.param_groups] == [True, False]
     assert 'sqr_avg' in opt.state[v] and 'sqr_avg' not in opt.state[w]
     with pytest.raises(ValueError, match=r'use_muon=True and a parameter of shape \(4,\)'): as_torch(ranger_muon)([dict(params=[b], use_muon=True)], lr=.1)
     with pytest.raises(ValueError, match='`use_muon` must be one of True, False, got 1'): as_torch(ranger_muon)([dict(params=[w], use_muon=1)], lr=.1)
@@ -223,7 +225,7 @@ def test_the_flag_of_a_group_counts():
     "whatever `spare_ends` says, and when it changes; averages begin anew with their count"
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)).double()
     opt = as_torch(ranger_muon)([dict(params=[model[0].weight], use_muon=False), dict(params=[model[1].weight]), dict(params=[model[2].weight], use_muon=True)], lr=.01)
-    def has_muon(): return [any(p is m.weight for p in opt.muon_params) for m in model]
+    def has_muon(): return [any(p is m.weight for p in opt.params_with('do_muon')) for m in model]
     spare_ends(opt, model)
     assert has_muon() == [False, True, True]
     train(model, opt, 3)
@@ -239,7 +241,7 @@ def test_what_is_added_by_name():
     if torch.__version__ >= (2, 6):
         opt = as_torch(ranger_muon)([('w', w)], lr=.1)
         opt.add_param_group(dict(params=[('v', v)], use_muon=True))
-        assert len(opt.muon_params) == 2
+        assert len(opt.params_with('do_muon')) == 2
     with pytest.raises(TypeError, match='ordered'): opt.add_param_group(dict(params={v}))
 
 def test_an_optimizer_without_a_name():

@@ -11,6 +11,8 @@ from fastai.callback.schedule import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from fastai_ranger.all import *
+from fastai_ranger.steppers import *
+from fastai_ranger.contrib.variants import fastai_hypers
 from fastai_ranger.all import ranger
 from fastai_ranger.compare.data import digits_dls
 from pytorch_optimizer.optimizer import ranger21 as their_ranger21

@@ -17,6 +17,8 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params
 from fastai_ranger.all import *
+from fastai_ranger.steppers import *
+from fastai_ranger.optimizers.adam import rectify
 from fastcore.all import L
 from fastai_ranger.lab.workflows import clip, digits_learner, export, fit, largest, resume, skipped_steps, stand_still, swap, weights, workflows
 from fastai_ranger.compare.registry import optimizers

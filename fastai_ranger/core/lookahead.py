@@ -9,6 +9,7 @@ __all__ = ['slow_weights', 'lookahead_step']
 import torch
 from fastcore.all import patch
 from torch.nn import Parameter
+from .layout import *
 from .stepper import *
 from .kernels import *
 from .checkpoint import *
@@ -48,7 +49,7 @@ def lookahead_step(p, grad, slow, slow_step, k, alpha, **kwargs):
 @patch(as_prop=True)
 def has_slow_weights(self:MultiTensorOptimizer)->bool:
     "Does this optimizer keep slow weights?"
-    return 'slow' in self.starts
+    return 'slow' in self.starters
 
 @patch
 def _with_slow_weights(self:MultiTensorOptimizer):
@@ -56,7 +57,7 @@ def _with_slow_weights(self:MultiTensorOptimizer):
     if not self.has_slow_weights: raise ValueError("this optimizer keeps no slow weights: a stepper such as `slow_weights` is missing")
     res = [(p, s, h) for p,_,s,h in self.all_params() if 'slow' in s and (p.requires_grad or not isinstance(p, Parameter))]
     names = {p: name for name,p in self.named_params()}
-    for p,s,_ in res: check_state(names[p], p, s, self.declared, self.how_to_drop)
+    for p,s,_ in res: check_state(names[p], p, s, self.watched, self.how_to_drop)
     self._start_state([(p, s) for p,s,_ in res])
     return res
 

@@ -10,6 +10,7 @@ __all__ = ['cautious', 'normuon', 'cautious_step', 'cautious_decay_step', 'cauti
 import torch
 from functools import partial
 from ..all import *
+from ..steppers import *
 from ..core.lookahead import *
 from ..distributed import *
 from ..optimizers.adam import *

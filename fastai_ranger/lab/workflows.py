@@ -29,7 +29,8 @@ from fastai.torch_core import apply_init,params,set_seed
 from fastai.vision.gan import GANLearner
 from torch import nn
 from ..callback import SlowWeights
-from ..learner import fit_flat_cos_of_fastai,lr_find_of_fastai
+from ..fixes import lr_find_of_fastai
+from ..learner import fit_flat_cos_of_fastai
 from ..compare.data import cnn,digits_dls
 from ..optimizers.ranger import ranger
 

@@ -28,39 +28,49 @@ def rectify(
 def _warn_unless_rectified(name, sqr_mom):
     if rectify(10**6, sqr_mom)==0: warn(f"`{name}` is {sqr_mom}: RAdam rectifies only above 2/3, so this is SGD with momentum")
 
-@stepper(hypers=dict(eps=hyper(1e-5, 0), beta=hyper(0., 0), sqr_mom=hyper(None, 0, 1, warn=_warn_unless_rectified),
-                     unrectified=hyper(among=('momentum', 'skip'))))
+_options = dict(unrectified=hyper(among=('momentum', 'skip')))
+
+@stepper(hypers=dict(eps=hyper(1e-5, 0), beta=hyper(0., 0), sqr_mom=hyper(None, 0, 1, warn=_warn_unless_rectified)), options=_options)
 def radam_step(p, grad, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps,
                beta=0., unrectified='momentum', rectified=True, max_avg=None, **kwargs):
     "Step for RAdam with `lr`"
-    r,lr = rectify(step, sqr_mom) if rectified else 1.,lr/(1-mom**step)
+    r = rectify(step, sqr_mom) if rectified else 1.
+    rate = lr/(1-mom**step)
     if r:
-        for w,m,v in chunks(p, grad_avg, max_avg or sqr_avg): torch._foreach_addcdiv_(w, m, denoms(v, step, sqr_mom, eps, beta), value=-lr*r)
-    elif unrectified=='momentum': torch._foreach_add_(p, grad_avg, alpha=-lr)
+        for w,m,v in chunks(p, grad_avg, max_avg or sqr_avg):
+            torch._foreach_addcdiv_(w, m, denoms(v, step, sqr_mom, eps, beta), value=-rate*r)
+    elif unrectified=='momentum': torch._foreach_add_(p, grad_avg, alpha=-rate)
 
 # %% ../../nbs/optimizers/adam.ipynb #1d695eb6
-@stepper(state=dict(step=0, grad_avg=torch.zeros_like, sqr_avg=torch.zeros_like), hypers=dict(wd=common['wd']), dense=True)
+@stepper(state=dict(step=0, grad_avg=torch.zeros_like, sqr_avg=torch.zeros_like), hypers=dict(wd=common['wd']), flags='do_wd',
+         dense=True)
 def fused_averages(p, grad, lr, mom, sqr_mom, step, grad_avg, sqr_avg, wd=0., decouple_wd=True, do_wd=True, **kwargs)->dict: # `step`
     "Weight decay, averages and the count in one, on a fused kernel where there is one"
-    fused_adam(p, grad, grad_avg, sqr_avg, step=step+1, lr=lr, mom=mom, sqr_mom=sqr_mom, wd=wd if do_wd else 0., decouple_wd=decouple_wd)
+    if not do_wd: wd = 0.
+    fused_adam(p, grad, grad_avg, sqr_avg, step=step+1, lr=lr, mom=mom, sqr_mom=sqr_mom, wd=wd, decouple_wd=decouple_wd)
     return dict(step=step+1)
 
 # %% ../../nbs/optimizers/adam.ipynb #55db0058
-@stepper(state=fused_averages.state, hypers={**radam_step.hypers, **fused_averages.hypers}, dense=True)
+@stepper(state=fused_averages.state, hypers={**radam_step.hypers, **fused_averages.hypers}, options=_options, flags='do_wd',
+         dense=True)
 def fused_radam_step(p, grad, lr, mom, sqr_mom, eps, step, grad_avg, sqr_avg,
                      wd=0., beta=0., decouple_wd=True, unrectified='momentum', rectified=True, do_wd=True, max_avg=(), **kwargs)->dict: # `step`
     "Weight decay, averages and RAdam step in one, on a fused kernel where there is one"
-    r,step = rectify(step+1, sqr_mom) if rectified else 1.,step+1
+    step += 1
+    r = rectify(step, sqr_mom) if rectified else 1.
     if not do_wd or decouple_wd and not r and unrectified=='skip': wd = 0.
     shared = dict(step=step, mom=mom, sqr_mom=sqr_mom)
     if r and not beta: # AdamW with a rescaled rate
-        fused_adam(p, grad, grad_avg, sqr_avg, max_avg, lr=lr*r, eps=eps, wd=wd/r if decouple_wd else wd, decouple_wd=decouple_wd, **shared)
+        if decouple_wd: wd = wd/r
+        fused_adam(p, grad, grad_avg, sqr_avg, max_avg, lr=lr*r, eps=eps, wd=wd, decouple_wd=decouple_wd, **shared)
     else:
-        lists = [p, grad, grad_avg, sqr_avg, *([max_avg] if max_avg else [])]
+        lists = [p, grad, grad_avg, sqr_avg]
+        if max_avg: lists.append(max_avg)
+        options = dict(eps=eps, beta=beta, unrectified=unrectified, rectified=rectified)
         for w,g,m,v,*most in chunks(*lists): # the averages are in the cache when the step comes for them
             most = most[0] if most else ()
             fused_adam(w, g, m, v, most, lr=lr, wd=wd, decouple_wd=decouple_wd, **shared)
-            radam_step.f(w, g, lr, grad_avg=m, sqr_avg=v, max_avg=most, eps=eps, beta=beta, unrectified=unrectified, rectified=rectified, **shared)
+            radam_step.f(w, g, lr, grad_avg=m, sqr_avg=v, max_avg=most, **options, **shared)
     return dict(step=step)
 
 # %% ../../nbs/optimizers/adam.ipynb #1d50054e

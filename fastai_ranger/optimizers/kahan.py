@@ -12,13 +12,15 @@ from ..core.kernels import *
 from ..core.optimizer import *
 from .adam import *
 from ..core.lookahead import *
+from .around import *
 
 # %% ../../nbs/optimizers/kahan.ipynb #80ea4ae3
 def _start_comp(p):
     "Where to keep what `p` lacks: nothing for a dtype that lacks little"
     if p.dtype in (torch.bfloat16, torch.float16): return torch.zeros_like(p)
 
-@stepper(state={**fused_radam_step.state, 'comp': _start_comp}, hypers=fused_radam_step.hypers, anchored=('comp',), dense=True)
+@stepper(state={**fused_radam_step.state, 'comp': _start_comp}, hypers=fused_radam_step.hypers,
+         options=fused_radam_step.options, flags='do_wd', anchored=('comp',), dense=True)
 def kahan_radam_step(p, grad, lr, wd=0., do_wd=True,
     comp=None, # What `p` lack, if they are in low precision
     **kwargs # As for `fused_radam_step`
@@ -61,15 +63,15 @@ def kahan_lookahead_step(p, grad, slow, slow_step, k, alpha,
 @named
 def ranger_kahan(
     params, # Model parameters, or lists of them: one list for each parameter group
-    lr:float|slice, # Default learning rate, in [0, inf)
-    mom:float=.95, # Gradient moving average (β1) coefficient, in [0, 1)
-    wd:float=.01, # True weight decay, in [0, inf)
-    eps:float=1e-6, # Added to the denominator for numerical stability, in [0, inf)
-    k:int=6, # Updates from one Lookahead synchronisation to the next, a whole number from 1 on
-    alpha:float=.5, # How far the slow weights follow, in [0, 1]
+    lr:float|slice, # Default learning rate
+    mom:float=.95, # Gradient moving average (β1) coefficient
+    wd:float=.01, # True weight decay
+    eps:float=1e-6, # Added to the denominator for numerical stability
+    k:int=lookahead_defaults['k'], # Updates from one Lookahead synchronisation to the next
+    alpha:float=lookahead_defaults['alpha'], # How far the slow weights follow
     *,
-    sqr_mom:float=.99 # Gradient squared moving average (β2) coefficient, in [0, 1)
+    sqr_mom:float=.99 # Gradient squared moving average (β2) coefficient
 )->MultiTensorOptimizer:
     "`ranger` for weights of bfloat16 or float16, with compensated summation"
-    cbs = [slow_weights, kahan_radam_step, kahan_lookahead_step]
-    return MultiTensorOptimizer(params, cbs, lr=lr, mom=mom, wd=wd, eps=eps, k=k, alpha=alpha, sqr_mom=sqr_mom)
+    opt_func = around([kahan_radam_step], [slow_weights], [kahan_lookahead_step], k=k, alpha=alpha)
+    return opt_func(params, lr=lr, mom=mom, wd=wd, eps=eps, sqr_mom=sqr_mom)
