@@ -937,6 +937,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fastai_ranger/learner.py'),
                                        'fastai_ranger.learner._restart_on_load': ( 'learner.html#_restart_on_load',
                                                                                    'fastai_ranger/learner.py'),
+                                       'fastai_ranger.learner._take_built': ('learner.html#_take_built', 'fastai_ranger/learner.py'),
                                        'fastai_ranger.learner.ranger_lr': ('learner.html#ranger_lr', 'fastai_ranger/learner.py'),
                                        'fastai_ranger.learner.restart_on_load': ( 'learner.html#restart_on_load',
                                                                                   'fastai_ranger/learner.py')},

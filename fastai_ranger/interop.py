@@ -147,6 +147,8 @@ class TorchStep(Stepper):
 
     def pack(self, opt, sd):
         "The checkpoint `sd` as one of PyTorch's, with an entry for the rest"
+        self._fit_groups(opt.param_lists)
+        self._push(opt.hypers)
         for p,state in zip(chain(*opt.param_lists), sd['state']): self._share(p, state)
         theirs = self.torch.state_dict()
         rest = dict(state=[{k: v for k,v in s.items() if k != 'inner'} for s in sd['state']],

@@ -69,9 +69,18 @@ def create_opt(self:Learner):
         warn("opt_func is fastai's own `ranger`: for fastai_ranger's, import it after fastai, `from fastai_ranger import ranger`",
              stacklevel=2)
     _check_opt_func(self.opt_func)
-    _create_opt(self)
+    if isinstance(self.opt_func, MultiTensorOptimizer): _take_built(self)
+    else: _create_opt(self)
     if isinstance(self.opt, MultiTensorOptimizer): self.opt.set_flags(self.model)
     _restart_on_load(self)
+
+def _take_built(learn):
+    "Let `learn` have the optimizer that is its `opt_func`, as fastai does with an `OptimWrapper`"
+    built = learn.opt_func
+    built.clear_state()
+    learn.opt_func = lambda params, lr: built
+    try: _create_opt(learn)
+    finally: learn.opt_func = built
 
 def _restart_on_load(learn):
     if isinstance(learn.opt, MultiTensorOptimizer): restart_on_load(learn.opt, get_model(learn.model))

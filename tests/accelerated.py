@@ -6,6 +6,7 @@ from accelerate.state import AcceleratorState
 from fastai.basics import *
 from fastai.distributed import *
 from fastai_ranger.all import *
+import fastai_ranger.fixes # `distrib_ctx` without a GPU
 from fastai_ranger.compare.data import digits
 from fastcore.test import test_close
 from helpers import Float64

@@ -12,6 +12,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastai_ranger.all import *
+import fastai_ranger.fixes # `DistributedDL` without a GPU
 from fastai_ranger.steppers import *
 from fastai_ranger.core.stepper import common
 from fastai_ranger.compare.data import cnn, digits_dls

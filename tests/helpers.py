@@ -87,7 +87,11 @@ def steps(opt, n, edit=None):
 
 def sgd_ahead(ps, **kwargs): return MultiTensorOptimizer(ps, [slow_weights, sgd_step, lookahead_step], **{**dict(lr=.1, k=3), **kwargs})
 
-def state(learn): return [{k: torch.as_tensor(v).clone() for k,v in learn.opt.state[p].items()} for p in learn.model.parameters()]
+def whole(state):
+    "`state`, with that of PyTorch's optimizer beside the rest"
+    return {k: v for k,v in {**state, **state.get('inner', {})}.items() if k != 'inner' and v is not None}
+
+def state(learn): return [{k: torch.as_tensor(v).clone() for k,v in whole(learn.opt.state[p]).items()} for p in learn.model.parameters()]
 def same(a, b): return len(a)==len(b) and all(x.keys()==y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x,y in zip(a, b))
 def slow(learn): return [learn.opt.state[p].get('slow', p).clone() for p in learn.model.parameters()]
 def equal(a, b): return all(map(torch.equal, a, b))

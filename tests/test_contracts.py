@@ -12,7 +12,7 @@ from fastai_ranger.all import *
 from fastai_ranger.steppers import *
 from fastai_ranger.compare.registry import OptInfo, optimizers, register
 from fastai_ranger.lab.workflows import digits_learner, fit
-from helpers import (alone, as_it_is, channels_last, equal, flat, has_slow, holes, inner, is_whole, load, ours, records, same, through_a_file,
+from helpers import (alone, as_it_is, channels_last, equal, flat, has_slow, holes, inner, is_whole, load, ours, records, same, through_a_file, whole,
     turned, twin_of)
 from torch import nn
 
@@ -52,7 +52,7 @@ def make(info, gs):
 
 def states(opt, gs):
     "A copy of all state, that of a PyTorch optimizer inside included"
-    return [{k: torch.as_tensor(v).clone() for k,v in {**opt.state[p], **(inner(opt).state.get(p, {}) if inner(opt) else {})}.items()} for p in flat(gs)]
+    return [{k: torch.as_tensor(v).clone() for k,v in whole(opt.state[p]).items()} for p in flat(gs)]
 
 ## Saved, loaded, copied
 
