@@ -1,12 +1,13 @@
 "The site builds without a warning or a broken link, and a browser shows it"
-import importlib.util, inspect, json, re, shutil, subprocess, sys, time
-from contextlib import ExitStack
+import importlib.util, inspect, json, os, re, shutil, subprocess, sys
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
-pytest.importorskip('sphinx')
-from websockets.sync.client import connect
+pytest.importorskip('sphinx', reason="no Sphinx: pip install -e '.[dev]', Python 3.11 or newer")
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
 
 import fastai_ranger.all
 
@@ -22,63 +23,46 @@ def site(tmp_path_factory):
     assert not res.returncode, res.stdout+res.stderr
     return d/'site'
 
-class Browser:
-    "A page in headless Chromium, over its DevTools protocol"
-    def __init__(self, binary, profile):
-        self.proc = subprocess.Popen([binary, '--headless', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0', f'--user-data-dir={profile}', 'about:blank'],
-                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        f = profile/'DevToolsActivePort'
-        until(lambda: f.exists() and f.read_text().count('\n'))
-        port = f.read_text().split('\n')[0]
-        page = next(o for o in json.load(urlopen(f'http://127.0.0.1:{port}/json')) if o['type']=='page')
-        self.stack,self.n,self.events = ExitStack(),0,[]
-        self.ws = self.stack.enter_context(connect(page['webSocketDebuggerUrl'], max_size=None))
-        for o in ('Page', 'Runtime', 'Log', 'Network'): self(f'{o}.enable')
-
-    def __call__(self, method, **params):
-        self.n += 1
-        self.ws.send(json.dumps(dict(id=self.n, method=method, params=params)))
-        while True:
-            res = json.loads(self.ws.recv(timeout=60))
-            if res.get('id')==self.n:
-                assert 'error' not in res, res
-                return res['result']
-            self.events.append(res)
-
-    def js(self, code): return self('Runtime.evaluate', expression=code, awaitPromise=True, returnByValue=True)['result'].get('value')
-
-    def open(self, url):
-        self.events = []
-        self('Page.navigate', url=url)
-        until(lambda: self.js(f'location.href.split("#")[0]')==url.split('#')[0] and self.js('document.readyState')=='complete')
-
-    def width(self, n): self('Emulation.setDeviceMetricsOverride', width=n, height=900, deviceScaleFactor=1, mobile=False)
-
-    def troubles(self):
-        "What the console says, and what came from elsewhere than the site"
-        for e in self.events:
-            m,p = e['method'],e['params']
-            if m=='Runtime.exceptionThrown' or m=='Runtime.consoleAPICalled' and p['type']=='error' or m=='Log.entryAdded' and p['entry']['level']=='error': yield json.dumps(p)
-            if m=='Network.requestWillBeSent' and not re.match('(file|data|blob):', p['request']['url']): yield p['request']['url']
-
-    def close(self):
-        self.stack.close()
-        self.proc.terminate()
-        self.proc.wait()
-
-def until(ok, timeout=30):
-    end = time.time()+timeout
-    while not ok():
-        assert time.time()<end
-        time.sleep(.05)
-
 @pytest.fixture(scope='module')
-def browser(tmp_path_factory):
-    binary = shutil.which('chromium')
-    if not binary: pytest.skip('no chromium')
-    res = Browser(binary, tmp_path_factory.mktemp('profile'))
-    yield res
-    res.close()
+def browser():
+    "Headless Chromium, which logs the errors of a page and its requests"
+    chromium = shutil.which('chromium')
+    driver = shutil.which('chromedriver')
+    if not chromium or not driver:
+        without = pytest.fail if os.environ.get('NEED_BROWSER') else pytest.skip
+        without('no Chromium: apt install chromium chromium-driver')
+    options = ChromeOptions()
+    options.binary_location = chromium
+    options.add_argument('--headless')
+    options.add_argument('--no-sandbox')
+    options.set_capability('goog:loggingPrefs', dict(browser='SEVERE', performance='ALL'))
+    with Chrome(options, Service(driver)) as res: yield res
+
+def resize(browser, width):
+    size = dict(width=width, height=900, deviceScaleFactor=1, mobile=False)
+    browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', size)
+
+missing_images = """
+    const images = [...document.images]
+    for (const o of images) o.loading = "eager"
+    const missing = o => o.decode().then(() => [], () => [o.src])
+    return Promise.all(images.map(missing)).then(o => o.flat())"""
+widest = """
+    const boxes = [document.documentElement, ...document.querySelectorAll("main, article")]
+    return Math.max(...boxes.map(o => o.scrollWidth))"""
+
+def faults(browser, page):
+    "What is wrong with the file `page` on a telephone, by kind"
+    resize(browser, 400)
+    browser.get(page.as_uri())
+    res = dict(images=browser.execute_script(missing_images))
+    width = browser.execute_script(widest)
+    res['sideways'] = [width] if width > 400 else []
+    res['console'] = [o['message'] for o in browser.get_log('browser')]
+    events = [json.loads(o['message'])['message'] for o in browser.get_log('performance')]
+    urls = [o['params']['request']['url'] for o in events if o['method']=='Network.requestWillBeSent']
+    res['requests'] = [o for o in urls if not o.startswith(('file:', 'data:', 'blob:'))]
+    return {k: v for k,v in res.items() if v}
 
 def test_a_page_for_each_notebook(site):
     names = [f.relative_to(root/'nbs').with_suffix('') for f in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts]
@@ -109,25 +93,31 @@ def test_broken_links_are_seen(tmp_path):
     (tmp_path/'a.html').write_text('<a href="b.html"></a><a href="#x"></a><img src="https://host/x.png"><a href="https://host/"></a><p id="y"><a href="#y"></a>')
     assert [o.split(': ')[-1] for o in make_site.broken(tmp_path)] == ['no such file', 'no such anchor', 'from the net']
 
-def test_in_a_browser(site, browser):
+def test_faults_are_seen(tmp_path, browser):
+    page = tmp_path/'a.html'
+    page.write_text("""<main><p style="width: 500px">wide</main><img src="x.png">
+        <script>console.error('said')</script><script>throw Error('thrown')</script>
+        <script src="http://127.0.0.1:9/x.js"></script>""")
+    seen = faults(browser, page)
+    said = ' '.join(seen.pop('console'))
+    assert 'said' in said and 'thrown' in said
+    assert seen == dict(images=[(tmp_path/'x.png').as_uri()], sideways=[508], requests=['http://127.0.0.1:9/x.js'])
+
+def test_in_a_browser(browser, site):
     "No page has an error, a picture that is missing, or needs to be moved sideways on a telephone"
-    for f in sorted(site.rglob('*.html')):
-        browser.width(400)
-        browser.open(f.as_uri())
-        assert not list(browser.troubles()), f
-        assert browser.js('[...document.images].every(o => (o.loading="eager", true)) && Promise.all([...document.images].map(o => o.decode().then(() => true, () => false))).then(a => a.every(o => o))'), f
-        assert browser.js('Math.max(...[document.documentElement, ...document.querySelectorAll("main, article")].map(o => o.scrollWidth))') <= 400, f
+    for f in sorted(site.rglob('*.html')): assert not faults(browser, f), f
 
-def test_search(site, browser):
-    browser.open((site/'search.html').as_uri()+'?q=muon_step')
-    until(lambda: browser.js('[...document.querySelectorAll("#search-results a")].some(o => o.href.includes("optimizers/muon.html"))'))
+def test_search(browser, site):
+    browser.get((site/'search.html').as_uri()+'?q=muon_step')
+    found = '#search-results a[href*="optimizers/muon.html"]'
+    WebDriverWait(browser, 30).until(lambda o: o.find_elements(By.CSS_SELECTOR, found))
 
-def test_theme(site, browser):
-    browser.width(1400)
-    browser.open((site/'index.html').as_uri())
-    color = 'getComputedStyle(document.body).backgroundColor'
+def test_theme(browser, site):
+    resize(browser, 1400)
+    browser.get((site/'index.html').as_uri())
+    toggle = next(o for o in browser.find_elements(By.CLASS_NAME, 'theme-toggle') if o.is_displayed())
     seen = set()
     for _ in range(3):
-        browser.js('[...document.querySelectorAll(".theme-toggle")].find(o => o.offsetParent).click()')
-        seen.add(browser.js(color))
+        toggle.click()
+        seen.add(browser.find_element(By.TAG_NAME, 'body').value_of_css_property('background-color'))
     assert len(seen)==2, seen
