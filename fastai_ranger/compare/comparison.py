@@ -658,8 +658,8 @@ examples:
       with hypers after a name, and with an optimizer of your own
   ranger-compare imagenette --recipe leaderboard --opts ranger_muon,ranger,adam --epochs 5 --seeds 3
       fastai's leaderboard: hours without a GPU
-  ranger-compare ranger-compare --report
-      table, picture and report again, from the files in the folder ranger-compare
+  ranger-compare path/to/out --report
+      table, picture and report again, from the files in that folder
 
 """
 
