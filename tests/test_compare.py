@@ -1,5 +1,5 @@
 "`ranger-compare`, as a user meets it"
-import inspect, json, random, re, resource, shutil, signal, struct, subprocess, sys, time, urllib.error, warnings, zlib
+import json, random, re, resource, shutil, signal, struct, subprocess, sys, time, urllib.error, warnings, zlib
 from contextlib import redirect_stderr
 from datetime import timedelta
 from io import StringIO
@@ -19,7 +19,9 @@ from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.metrics import accuracy
 from fastai_ranger.all import Adam, ranger_muon
 from fastai_ranger.compare import data
-from fastai_ranger.compare.comparison import check_args, cnn, compare, digits_dls, learner_func, models, optimizers, ranger_compare, register, scheds, summarize, train_run
+from fastai_ranger.compare.comparison import (
+    Arguments, cnn, compare, digits_dls, learner_func, make_plan, models, optimizers, ranger_compare, register, remake_report, scheds,
+    summarize, train_run)
 from fastai_ranger.compare.report import best_rates,colors_of,plot_curves
 from helpers import finish, fork, forked
 from PIL import Image
@@ -29,8 +31,6 @@ from sklearn.datasets import load_digits
 command = Path(sys.executable).parent/'ranger-compare'
 
 def rows(*args, **kwargs): return compare(*args, **kwargs).df
-
-def args(**kwargs): return {k: o.default for k,o in inspect.signature(compare).parameters.items()} | kwargs
 
 def write_images(path, splits, n=40):
     "Real scans as PNG files, `n` of each split, in folders by class"
@@ -200,13 +200,15 @@ def test_channels_last(tmp_path, monkeypatch):
     for o in (True, False): compare('digits', opts='ranger', sched='flat', epochs=1, seeds=1, channels_last=o, out=tmp_path/str(o))
     assert seen == [True, False]
 
-def test_the_leaderboard_recipe(tmp_path):
-    learn = check_args(**args(data='digits', size=16, bs=32, recipe='leaderboard', model='xresnet18', out=tmp_path))['learner'](optimizers['sgd'].opt_func)
+def test_the_leaderboard_recipe():
+    _,task,opt_funcs = make_plan(Arguments('digits', 'sgd', size=16, bs=32, recipe='leaderboard', model='xresnet18'))
+    learn = task.learner(opt_funcs['sgd'])
     model = learn.model
     assert any(isinstance(m, Mish) for m in model.modules()) and not any(isinstance(m, torch.nn.ReLU) for m in model.modules())
     assert any(isinstance(m, SimpleSelfAttention|SelfAttention) for m in model.modules())
     assert isinstance(learn.loss_func, LabelSmoothingCrossEntropyFlat)
-    assert check_args(**args(data='digits', size=16, recipe='leaderboard', out=tmp_path/'2'))['settings']['model'] == 'xse_resnext50'
+    plan,*_ = make_plan(Arguments('digits', size=16, recipe='leaderboard'))
+    assert plan.settings['model'] == 'xse_resnext50'
 
 def test_noise_and_a_part_of_the_images(tmp_path):
     df = rows('digits', opts='adam', epochs=3, seeds=1, n_train=512, noise=1., out=tmp_path)
@@ -296,7 +298,10 @@ def test_validation_images_choose_no_rate(tmp_path):
 
 def test_a_short_search_for_rate_and_schedule(tmp_path):
     kwargs = dict(data='digits', opts='sgd,adam', sched='one_cycle,flat_cos', epochs=2, seeds=2, lr_grid=2, n_tune=256, best_sched=True, out=tmp_path)
-    parts,whole = [check_args(**args(**kwargs | dict(n_tune=n, out=tmp_path/f'{n}')))['tune_learner'](optimizers['sgd'].opt_func).dls for n in (256, None)]
+    def held_out(n):
+        _,task,opt_funcs = make_plan(Arguments(**kwargs | dict(n_tune=n)))
+        return task.tune_learner(opt_funcs['sgd']).dls
+    parts,whole = held_out(256),held_out(None)
     assert len(parts.train_ds) == 256 and len(whole.train_ds) == 1149 and [y for _,y in parts.valid_ds] == [y for _,y in whole.valid_ds]
     df = rows(**kwargs)
     tune = pd.read_csv(tmp_path/'tune.csv')
@@ -430,7 +435,7 @@ def test_results_of_another_comparison(tmp_path, capsys):
     assert f'out must be a folder without the results of another comparison, got {tmp_path}, which has one with other epochs, noise' in capsys.readouterr().err
     assert {o: o.read_bytes() for o in tmp_path.iterdir()} == kept
     settings = json.loads(kept[tmp_path/'settings.json'])
-    (tmp_path/'settings.json').write_text(json.dumps({k: v for k,v in settings.items() if k != 'n_tune'})) # from before there was such a setting
+    (tmp_path/'settings.json').write_text(json.dumps({k: v for k,v in settings.items() if k not in ('n_tune', 'plan')})) # from before there were such settings
     assert len(rows('digits', opts='ranger', epochs=1, seeds=1, out=tmp_path)) == 1
     (tmp_path/'settings.json').unlink()
     with pytest.raises(SystemExit): ranger_compare('digits', opts='ranger', epochs=1, out=tmp_path)
@@ -466,6 +471,43 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path):
     assert len(df) % 5 == 0 and 5 <= len(df) < 500
     assert 's/epoch' in out and f"Wrote {tmp_path/'results.csv'}" in out
     assert (tmp_path/'curves.png').exists()
+
+## The report again
+
+def test_the_report_again(tmp_path, monkeypatch, capsys):
+    "From the files of a folder, here a copy: the same, to the byte, without data, training or a look at the machine"
+    first,out = tmp_path/'first',tmp_path/'out'
+    compare('digits', opts='sgd,adam', sched='one_cycle,flat_cos', epochs=1, seeds=2, n_train=256, lr_grid=2, best_sched=True, out=first)
+    said = capsys.readouterr().out
+    shutil.copytree(first, out)
+    for o in ('curves.png', 'report.md'): (out/o).unlink()
+    for o in ('train_run', 'get_images', 'machine'): monkeypatch.setattr(f'fastai_ranger.compare.comparison.{o}', None)
+    ranger_compare(str(out), report=True)
+    assert contents(out) == contents(first) and capsys.readouterr().out.split('Wrote')[0] in said
+
+def test_no_report_can_be_made(finished, tmp_path, capsys):
+    "One line, and the folder is left as it is"
+    out = shutil.copytree(finished, tmp_path/'out')
+    settings = json.loads((out/'settings.json').read_text())
+    def refuses(why, folder=out, **kwargs):
+        before = contents(out)
+        assert why in refused(capsys, data=str(folder), report=True, **kwargs) and contents(out) == before
+    refuses('no comparison in', folder=tmp_path/'typo')
+    assert not (tmp_path/'typo').exists()
+    refuses('report takes the folder of a comparison alone, got epochs, out too', epochs=2, out='here')
+    (out/'settings.json').write_text(json.dumps(settings | dict(plan=dict(lrs=1))))
+    refuses(f"{out/'settings.json'} is not settings of a comparison")
+    del settings['plan']
+    (out/'settings.json').write_text(json.dumps(settings))
+    refuses('settings.json has no plan, as it is of an older version')
+    compare(**small, out=out) # which adds it
+    (out/'results.csv').unlink()
+    refuses('no finished run in')
+
+def test_the_name_of_the_package():
+    "gives the function, not a module"
+    from fastai_ranger.compare import compare as from_package
+    assert from_package is compare
 
 ## Files that break
 
@@ -604,8 +646,8 @@ def test_a_search_for_a_task_of_your_own(tmp_path):
     kwargs = dict(data=task('task', images), opts='ranger,sgd', epochs=1, seeds=2, lr_grid=2, held_out=task('held out', images.split()), out=tmp_path)
     compare(**kwargs, sched='flat_cos,one_cycle')
     assert len(the_best_of_those_tried(tmp_path)) == 8 and made == 8*['held out'] + 8*['task']
-    compare(**kwargs, sched='flat_cos,one_cycle')
-    assert len(made) == 16
+    again = compare(**kwargs, sched='flat_cos,one_cycle')
+    assert str(remake_report(tmp_path)) == str(again) and len(made) == 16
 
 def test_a_search_that_cannot_be_made(tmp_path):
     def task(opt_func): raise AssertionError('nothing is made')

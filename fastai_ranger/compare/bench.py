@@ -8,7 +8,7 @@ __all__ = ['bench_opts', 'usual_opts', 'bench_models', 'bench_shapes', 'list_tit
            'ranger_bench']
 
 # %% ../../nbs/compare/bench.ipynb #7b46ac2d
-import json,matplotlib.pyplot as plt,os,pandas as pd,random,sys,time,torch,warnings
+import json,math,matplotlib.pyplot as plt,os,pandas as pd,random,sys,time,torch,warnings
 import fastai.optimizer as stock
 from fastai.callback.core import Callback,CancelEpochException
 from fastai.callback.schedule import *
@@ -34,24 +34,37 @@ from .report import command,machine
 from .train import ArgumentError,make_folder,write_file
 
 # %% ../../nbs/compare/bench.ipynb #43b909e3
-bench_opts = ChainMap({k: replace(optimizers[k], opt_func=partial(optimizers[k].opt_func, wd=.01)) for k in ('radam', 'stock_radam')}, optimizers)
-usual_opts = 'ranger,stock,optimi,optimi_foreach,optimi_triton,pytorch_optimizer,pytorch_ranger,timm,torch_radam,adamw_fused,sgd_foreach'
+def _decayed(name):
+    "The record of `name`, with weight decay"
+    info = optimizers[name]
+    return replace(info, opt_func=partial(info.opt_func, wd=.01))
+
+bench_opts = ChainMap({'radam': _decayed('radam'), 'stock_radam': _decayed('stock_radam')}, optimizers)
+usual_opts = ('ranger,stock,optimi,optimi_foreach,optimi_triton,pytorch_optimizer,pytorch_ranger,timm,'
+              'torch_radam,adamw_fused,sgd_foreach')
 
 # %% ../../nbs/compare/bench.ipynb #af4f196f
-bench_models = dict(xresnet18=xresnet18, xresnet50=xresnet50, resnet50=resnet50, awd_lstm=lambda: AWD_LSTM(60000, 400, 1152, 3),
-                    vit=lambda: VisionTransformer(image_size=224, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536))
-bench_shapes = dict(small=[(64,)]*500, big=[(4096, 4096)]*2, convs=[(64, 64, 3, 3)]*3+[(128, 128, 3, 3)]*4+[(256, 256, 3, 3)]*6+[(512, 512, 3, 3)]*3, **{f'{n}M': [(1000, 1000)]*n for n in (1, 10, 100)})
-list_titles = dict(small='500 tensors of 64', big='2 tensors of 4096x4096', convs='3x3 convolutions of a ResNet-50', **{f'{n}M': f'{n} million numbers' for n in (1, 10, 100)})
+_vit_small = dict(image_size=224, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
+bench_models = dict(
+    xresnet18=xresnet18, xresnet50=xresnet50, resnet50=resnet50, awd_lstm=partial(AWD_LSTM, 60000, 400, 1152, 3),
+    vit=partial(VisionTransformer, **_vit_small))
+bench_shapes = dict(
+    small=[(64,)]*500, big=[(4096, 4096)]*2,
+    convs=[(64, 64, 3, 3)]*3 + [(128, 128, 3, 3)]*4 + [(256, 256, 3, 3)]*6 + [(512, 512, 3, 3)]*3)
+list_titles = dict(small='500 tensors of 64', big='2 tensors of 4096x4096', convs='3x3 convolutions of a ResNet-50')
+for n in (1, 10, 100):
+    bench_shapes[f'{n}M'] = [(1000, 1000)]*n
+    list_titles[f'{n}M'] = f'{n} million numbers'
 
 def tensors(
-    name:str, # A model of `bench_models`, or a list of `bench_shapes`: `small` is 500 tensors of 64 numbers, `big` two of 4096x4096, `convs` the 3x3 convolutions of a ResNet-50, `10M` ten of a million
+    name:str, # A key of `bench_models` or `bench_shapes`
     device:str='cpu', # Device
     dtype:torch.dtype=torch.float32 # Type of parameters and gradients
 )->list: # Parameters, with gradients
     "The parameters to time a step on"
     shapes = bench_shapes[name] if name in bench_shapes else [o.shape for o in bench_models[name]().parameters()]
     ps = [torch.nn.Parameter(torch.randn(o, device=device, dtype=dtype)) for o in shapes]
-    for p in ps: p.grad = torch.randn_like(p)*1e-3 # about what they are, and an exponential takes its time by the number
+    for p in ps: p.grad = torch.randn_like(p)*1e-3 # about what they are: the time of `exp` depends on the number
     return ps
 
 # %% ../../nbs/compare/bench.ipynb #79bb0e40
@@ -65,11 +78,17 @@ def bandwidth(
 )->float: # Gigabytes a second, read and written
     "The highest of the rates at which operations on large tensors read and write memory"
     a,b,c = (torch.ones(n, device=device) for _ in range(3))
-    ops = [(lambda: a.copy_(b), 2), (lambda: torch.add(a, b, out=c), 3), (lambda: a.add_(b), 3)]
-    def run(f):
-        f()
-        _sync(device)
-    return max(4*n*k/min(Timer(partial(run, f)).repeat(repeat, 1))/1e9 for f,k in ops)
+    def copy(): a.copy_(b)
+    def add(): torch.add(a, b, out=c)
+    def add_to(): a.add_(b)
+    res = 0.
+    for f,operands in ((copy, 2), (add, 3), (add_to, 3)):
+        def run():
+            f()
+            _sync(device)
+        seconds = min(Timer(run).repeat(repeat, 1))
+        res = max(res, 4*n*operands/seconds/1e9)
+    return res
 
 # %% ../../nbs/compare/bench.ipynb #3da18353
 def moved(
@@ -80,21 +99,24 @@ def moved(
     return info and info.moves
 
 # %% ../../nbs/compare/bench.ipynb #fb35c051
+def _memory_cuda(f):
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()-before, torch.cuda.max_memory_allocated()-before
+
 def memory(
     f:callable, # What to run
     device:str='cpu' # Device
 )->tuple: # Bytes that are kept, and the most that are held on the way
     "What `f` allocates"
-    if device=='cuda':
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        f()
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()-before, torch.cuda.max_memory_allocated()-before
+    if device=='cuda': return _memory_cuda(f)
     os.environ.setdefault('KINETO_LOG_LEVEL', '99') # or the profiler tells of every start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: f()
-    events = sorted((o.start_ns(), o.nbytes()) for o in prof.profiler.kineto_results.events() if o.name()=='[memory]')
-    held = pd.Series([0, *[n for _,n in events]]).cumsum()
+    events = [o for o in prof.profiler.kineto_results.events() if o.name()=='[memory]']
+    sizes = sorted((o.start_ns(), o.nbytes()) for o in events)
+    held = pd.Series([0, *[n for _,n in sizes]]).cumsum()
     return int(held.iloc[-1]), int(held.max())
 
 # %% ../../nbs/compare/bench.ipynb #5e719df5
@@ -103,7 +125,59 @@ def _set_lr(opt, lr):
     else:
         for o in opt.param_groups: o['lr'] = lr
 
-def _with_failed(df, opts, failed): return df.reindex(opts.split(',')).assign(failed=pd.Series(failed, dtype=object)).rename_axis('opt')
+def _why(e): return f'{type(e).__name__}: {e}'.split('\n')[0]
+
+def _with_failed(df, opts, failed):
+    "A row for each of `opts`, and why it `failed`"
+    return df.reindex(opts).assign(failed=pd.Series(failed, dtype=object)).rename_axis('opt')
+
+def _start(info, ps, device):
+    "An optimizer of `ps` that has stepped, the bytes that it keeps, and those that a step needs besides"
+    made = []
+    def steps(n):
+        for _ in range(n): made[0].step()
+    def start():
+        made.append(info.opt_func(ps, lr=1e-3))
+        steps(2)
+    state,_ = memory(start, device)
+    _,extra = memory(partial(steps, 6), device) # no more, which a profiler of memory can hold
+    return made[0],state,extra
+
+def _time_step(opt, device):
+    "Milliseconds"
+    def step():
+        opt.step()
+        _sync(device)
+    _sync(device)
+    return Timer(step).timeit(1)*1000
+
+def _time_rounds(made, rounds, device, schedule):
+    "Milliseconds of each step of the optimizers in `made`, by turns, and the median bandwidth"
+    times,rates = [],[]
+    for i in range(rounds+2):
+        rates.append(bandwidth(device, repeat=1))
+        for k in random.Random(i).sample(list(made), len(made)):
+            for j in range(6):
+                if schedule: _set_lr(made[k], 1e-3*(1-(6*i+j)/1000))
+                times.append(dict(opt=k, round=i, ms=_time_step(made[k], device)))
+    times = pd.DataFrame(times)
+    return times[times['round'] > 1],pd.Series(rates[2:]).median() # two rounds to warm up
+
+def _summary(times, rate, infos, n, itemsize):
+    "A row for each optimizer in `infos`, with `n` weights of `itemsize` bytes and a bandwidth of `rate`"
+    names = list(infos)
+    steps = times.groupby('opt').ms
+    cycles = times.groupby(['opt', 'round']).ms.mean().groupby('opt')
+    res = dict(step=steps.median(), cycle=cycles.median(), q25=cycles.quantile(.25), q75=cycles.quantile(.75))
+    res = pd.DataFrame(res).loc[names]
+    moves = pd.Series({k: o.moves for k,o in infos.items()}, dtype=float)
+    needed = n*itemsize/1e6*moves
+    res = res.assign(ns=res.cycle*1e6/n, gb_s=needed/res.cycle, of_limit=needed/rate/res.cycle)
+    if 'stock' in names:
+        twins = [res.cycle.get(o.twin, res.cycle['stock']) for o in infos.values()]
+        res['x_stock'] = twins/res.cycle
+    if 'adamw_fused' in names: res['x_adamw'] = res.cycle/res.cycle['adamw_fused']
+    return res
 
 def time_steps(
     name:str, # List of tensors: see `tensors`
@@ -115,67 +189,68 @@ def time_steps(
 )->pd.DataFrame: # A row for each optimizer
     "Milliseconds and memory of a step"
     infos = {k: find_opt(k, bench_opts) for k in opts.split(',')}
-    made,rows,failed,times,rates = {},{},{},[],[]
+    made,held,failed = {},{},{}
     for k,info in infos.items():
-        def steps(n=6): # which a profiler of memory can hold
-            for _ in range(n): made[k].step()
-        def start():
-            made[k] = info.opt_func(ps, lr=1e-3)
-            steps(2)
         try:
             ps = tensors(name, device, dtype)
             n = sum(p.numel() for p in ps)
-            rows[k] = dict(state=memory(start, device)[0]/n, extra=memory(steps, device)[1]/n)
-        except Exception as e:
-            made.pop(k, None)
-            failed[k] = f'{type(e).__name__}: {e}'.split('\n')[0]
-    if not made: raise ValueError(f"nothing to time, {'; '.join(f'{k} failed: {v}' for k,v in failed.items())}")
-    def once(opt, i):
-        if schedule: _set_lr(opt, 1e-3*(1-i/1000))
-        _sync(device)
-        def f():
-            opt.step()
-            _sync(device)
-        return Timer(f).timeit(1)*1000
-    for i in range(rounds+2):
-        rates.append(bandwidth(device, repeat=1))
-        times += [dict(opt=k, round=i, ms=once(made[k], 6*i+j)) for k in random.Random(i).sample(list(made), len(made)) for j in range(6)]
-    times,rate = pd.DataFrame(times),pd.Series(rates[2:]).median()
-    times = times[times['round'] > 1] # two rounds to warm up
-    cycles = times.groupby(['opt', 'round']).ms.mean().groupby('opt')
-    res = pd.DataFrame(dict(step=times.groupby('opt').ms.median(), cycle=cycles.median(), q25=cycles.quantile(.25), q75=cycles.quantile(.75))).loc[list(made)]
-    needed = n*dtype.itemsize/1e6*pd.Series({k: infos[k].moves for k in made}, dtype=float)
-    res = res.assign(ns=res.cycle*1e6/n, gb_s=needed/res.cycle, of_limit=needed/rate/res.cycle)
-    if 'stock' in made: res['x_stock'] = [res.cycle.get(infos[k].twin, res.cycle['stock'])/ms for k,ms in res.cycle.items()]
-    if 'adamw_fused' in made: res['x_adamw'] = res.cycle/res.cycle['adamw_fused']
-    return _with_failed(res.join(pd.DataFrame(rows).T), opts, failed)
+            made[k],state,extra = _start(info, ps, device)
+            held[k] = dict(state=state/n, extra=extra/n)
+        except Exception as e: failed[k] = _why(e)
+    if not made:
+        why = '; '.join(f'{k} failed: {v}' for k,v in failed.items())
+        raise ValueError(f"nothing to time, {why}")
+    times,rate = _time_rounds(made, rounds, device, schedule)
+    res = _summary(times, rate, {k: infos[k] for k in made}, n, dtype.itemsize)
+    return _with_failed(res.join(pd.DataFrame(held).T), list(infos), failed)
 
 # %% ../../nbs/compare/bench.ipynb #b94e5067
-epoch_opts = ChainMap(dict(sgd=OptInfo('sgd', stock.SGD), torch_sgd=optimizers['sgd_foreach'], torch_adamw=OptInfo('torch_adamw', partial(torch.optim.AdamW, fused=True))), optimizers)
+_floors = dict(
+    sgd=OptInfo('sgd', stock.SGD), torch_sgd=optimizers['sgd_foreach'],
+    torch_adamw=OptInfo('torch_adamw', partial(torch.optim.AdamW, fused=True)))
+epoch_opts = ChainMap(_floors, optimizers)
 usual_epoch_opts = 'ranger,stock,adam,sgd,torch_sgd,torch_adamw,optimi'
 
 class _Clock(Callback):
     "Notes the seconds of each batch, and those spent in `names` of the optimizer"
     order,names = -100,('step', 'zero_grad', 'set_hyper')
-    def __init__(self, device): self.device,self.rows,self.spent = device,[],dict.fromkeys(self.names, 0.)
+    def __init__(self, device):
+        self.device = device
+        self.rows = []
+        self.spent = dict.fromkeys(self.names, 0.)
+
     def time_opt(self, opt):
-        def timed(f, name):
-            @wraps(f)
-            def _f(*args, **kwargs):
-                start = time.perf_counter()
-                f(*args, **kwargs)
-                _sync(self.device)
-                self.spent[name] += time.perf_counter()-start
-            return _f
-        for o in self.names: setattr(opt, o, timed(getattr(opt, o), o))
+        "Note the time spent in the methods of `opt`"
+        for o in self.names: setattr(opt, o, self._timed(getattr(opt, o), o))
+
+    def _timed(self, f, name):
+        @wraps(f)
+        def _f(*args, **kwargs):
+            start = time.perf_counter()
+            f(*args, **kwargs)
+            _sync(self.device)
+            self.spent[name] += time.perf_counter()-start
+        return _f
+
     def before_batch(self):
         self.spent = dict.fromkeys(self.names, 0.)
         self.start = time.perf_counter()
+
     def after_batch(self):
         _sync(self.device)
         if not self.training: return
         if self.iter: self.rows.append(dict(batch=time.perf_counter()-self.start, **self.spent))
         if self.iter==4: raise CancelEpochException
+
+def _timed_learner(opt, size, bs, device):
+    "A `Learner` with the optimizer called `opt`, and a `_Clock`"
+    dls = digits_dls(bs, size).to(device)
+    model = xresnet18(n_out=10, c_in=1)
+    learn = Learner(dls, model, CrossEntropyLossFlat(), find_opt(opt, epoch_opts).for_learner())
+    learn.create_opt()
+    learn.add_cb(_Clock(device))
+    learn._clock.time_opt(learn.opt)
+    return learn
 
 def time_epochs(
     opts:str=usual_epoch_opts, # As in `--opts`: names from `epoch_opts`, with commas between them
@@ -185,17 +260,11 @@ def time_epochs(
     device:str='cpu' # Device
 )->pd.DataFrame: # A row for each optimizer
     "Images a second, and the share of a batch that the optimizer takes"
+    names = opts.split(',')
     learns,failed = {},{}
-    for k in opts.split(','):
-        try:
-            learn = Learner(digits_dls(bs, size).to(device), xresnet18(n_out=10, c_in=1), CrossEntropyLossFlat(), find_opt(k, epoch_opts).for_learner())
-            learn.create_opt()
-        except Exception as e:
-            failed[k] = f'{type(e).__name__}: {e}'.split('\n')[0]
-            continue
-        learn.add_cb(_Clock(device))
-        learn._clock.time_opt(learn.opt)
-        learns[k] = learn
+    for k in names:
+        try: learns[k] = _timed_learner(k, size, bs, device)
+        except Exception as e: failed[k] = _why(e)
     for i in range(rounds+1):
         for k in random.Random(i).sample(list(learns), len(learns)):
             with learns[k].no_bar(), learns[k].no_logging(): learns[k].fit_flat_cos(1, 1e-3)
@@ -203,48 +272,81 @@ def time_epochs(
     for k,learn in learns.items():
         times = pd.DataFrame(learn._clock.rows[4:]) # a turn to warm up
         batch = times.batch.median()
-        rows[k] = dict(images_s=bs/batch, batch=batch*1000, **{o: times[o].median()/batch for o in _Clock.names})
+        shares = times[list(_Clock.names)].median()/batch
+        rows[k] = dict(images_s=bs/batch, batch=batch*1000, **shares)
     res = pd.DataFrame(rows).T
     if 'torch_sgd' in learns: res['x_torch_sgd'] = res.images_s/res.images_s['torch_sgd']
-    return _with_failed(res, opts, failed)
+    return _with_failed(res, names, failed)
 
 # %% ../../nbs/compare/bench.ipynb #3492115e
+_kinds = {
+    'tab:blue': 'fastai_ranger', 'tab:orange': 'others with slow weights, or other formulas',
+    'tab:gray': 'without slow weights'}
+
+def _color(opt):
+    "By whose the optimizer called `opt` is"
+    if opt.startswith(('ranger', 'radam')): return 'tab:blue'
+    return 'tab:gray' if (moved(opt) or 8) < 7.5 else 'tab:orange'
+
+def _plot_list(ax, d, title):
+    "The bars of one list of tensors"
+    ax.barh(d.index, d.cycle, color=[_color(o) for o in d.index])
+    ax.errorbar(d.cycle, d.index, xerr=[d.cycle-d.q25, d.q75-d.cycle], fmt='none', ecolor='black', lw=1)
+    for o,ms in d.cycle.items(): ax.annotate(f' {ms:.3g}', (d.q75[o], o), va='center', fontsize=8)
+    if 'ranger' in d.index and d.of_limit['ranger'] > .1:
+        ax.axvline(d.of_limit['ranger']*d.cycle['ranger'], color='black', ls=':', lw=1)
+    ax.set(title=title, xlim=(0, d.q75.max()*1.15))
+    ax.tick_params(labelsize=8)
+    ax.spines[['top', 'right']].set_visible(False)
+
 def plot_bench(
     df:pd.DataFrame, # What `bench` returns
     title:str='' # What the line above is to say of the machine
 )->Figure:
-    "A bar for each optimizer on each list of tensors: blue for this package's, orange for other Rangers, gray for those without slow weights"
+    "A bar for each optimizer on each list of tensors, in a color for its kind"
     lists = list(df['list'].unique())
     cols = min(3, len(lists))
-    fig,axs = plt.subplots(-(-len(lists)//cols), cols, figsize=(4.4*cols, .3+2.9*-(-len(lists)//cols)), squeeze=False, layout='constrained')
+    rows = math.ceil(len(lists)/cols)
+    fig,axs = plt.subplots(rows, cols, figsize=(4.4*cols, .3+2.9*rows), squeeze=False, layout='constrained')
     for ax in axs.flat[len(lists):]: ax.axis('off')
     for ax,name in zip(axs.flat, lists):
-        d = df[(df['list']==name) & df.cycle.notna()].set_index('opt')[::-1]
-        colors = ['tab:blue' if o.startswith(('ranger', 'radam')) else 'tab:gray' if (moved(o) or 8) < 7.5 else 'tab:orange' for o in d.index]
-        ax.barh(d.index, d.cycle, color=colors)
-        ax.errorbar(d.cycle, d.index, xerr=[d.cycle-d.q25, d.q75-d.cycle], fmt='none', ecolor='black', lw=1)
-        for o,ms in d.cycle.items(): ax.annotate(f' {ms:.3g}', (d.q75[o], o), va='center', fontsize=8)
-        if 'ranger' in d.index and d.of_limit['ranger'] > .1: ax.axvline(d.of_limit['ranger']*d.cycle['ranger'], color='black', ls=':', lw=1)
-        ax.set(title=list_titles.get(name, name), xlim=(0, d.q75.max()*1.15))
-        ax.tick_params(labelsize=8)
-        ax.spines[['top', 'right']].set_visible(False)
-    colors = {'tab:blue': 'fastai_ranger', 'tab:orange': 'others with slow weights, or other formulas', 'tab:gray': 'without slow weights'}
-    marks = [Patch(color=k, label=v) for k,v in colors.items()] + [Line2D([], [], color='black', lw=1, label='quartiles'), Line2D([], [], color='black', ls=':', lw=1, label="the memory's limit for ranger")]
+        d = df[(df['list']==name) & df.cycle.notna()].set_index('opt')
+        _plot_list(ax, d[::-1], list_titles.get(name, name))
+    marks = [Patch(color=k, label=v) for k,v in _kinds.items()]
+    marks.append(Line2D([], [], color='black', lw=1, label='quartiles'))
+    marks.append(Line2D([], [], color='black', ls=':', lw=1, label="the memory's limit for ranger"))
     fig.legend(handles=marks, loc='outside lower center', ncols=5, fontsize=7, frameon=False)
     fig.suptitle(f'Milliseconds of a step. {title}', fontsize=9)
     return fig
 
 # %% ../../nbs/compare/bench.ipynb #5d8a649d
 _packages = 'torch','fastai','torch-optimi','pytorch_optimizer','pytorch-ranger','timm'
+_dtypes = 'float32','bfloat16','float16','float64'
+_lists = [*bench_models, *bench_shapes]
 
 def _check(name, values, allowed):
     for o in values:
         if o not in allowed: raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {o}")
 
-columns = """step, cycle: milliseconds of a step, the median of all, and of the means of six, which hold one synchronisation; q25 and q75 are quartiles
-of cycle. ns: nanoseconds a weight. gb_s: gigabytes moved a second, of what a step has to move; of_limit: that as a share of what the
-memory can. x_stock: times as fast as the same formulas in fastai's steppers. x_adamw: times as long as PyTorch's fused AdamW takes.
-state, extra: bytes a weight that are kept, and that a step needs besides."""
+columns = """\
+step, cycle: milliseconds of a step, the median of all, and of the means of six, which hold one synchronisation; q25
+and q75 are quartiles of cycle. ns: nanoseconds a weight. gb_s: gigabytes moved a second, of what a step has to
+move; of_limit: that as a share of what the memory can. x_stock: times as fast as the same formulas in fastai's
+steppers. x_adamw: times as long as PyTorch's fused AdamW takes. state, extra: bytes a weight that are kept, and
+that a step needs besides."""
+
+def _write(out, name, df, **info):
+    "Write `df` and `info` as JSON"
+    rows = json.loads(df.to_json(orient='records'))
+    text = json.dumps(dict(**info, rows=rows), indent=1)
+    write_file(Path(out)/f'{name}.json', lambda part: part.write_text(text))
+
+def _print_list(name, df):
+    "The table of a list of tensors, and what failed"
+    table = df.drop(columns='failed').astype(float).round(2)
+    print(f"\n{list_titles.get(name, name)}\n{table.to_string(na_rep='-')}")
+    for k,why in df.failed.dropna().items(): print(f'{k} failed: {why}')
+    sys.stdout.flush()
 
 def bench(
     lists:str='resnet50,xresnet18,xresnet50,vit,awd_lstm,big,small', # Lists of tensors, with commas between them
@@ -256,32 +358,28 @@ def bench(
     out:str='ranger-bench' # Folder for `bench.json` and `bench.png`
 )->pd.DataFrame: # A row for each list and optimizer
     "Time the step of optimizers, side by side"
-    _check('lists', lists.split(','), [*bench_models, *bench_shapes])
+    lists = lists.split(',')
+    _check('lists', lists, _lists)
     for o in opts.split(','): find_opt(o, bench_opts)
-    _check('dtype', [dtype], ['float32', 'bfloat16', 'float16', 'float64'])
+    _check('dtype', [dtype], _dtypes)
     make_folder(out)
-    res,info = [],machine(_packages, device=='cuda')
-    line = f"{info['device']}, {info['threads']} threads, torch {info['torch']}, {dtype}"
-    print(line)
-    for o in lists.split(','):
+    info = machine(_packages, device=='cuda')
+    where = f"{info['device']}, {info['threads']} threads, torch {info['torch']}, {dtype}"
+    print(where)
+    res = []
+    for o in lists:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # a peer's
             df = time_steps(o, opts, rounds, device, getattr(torch, dtype), schedule)
-        print(f"\n{list_titles.get(o, o)}\n{df.drop(columns='failed').astype(float).round(2).to_string(na_rep='-')}")
-        for k,why in df.failed.dropna().items(): print(f'{k} failed: {why}')
-        sys.stdout.flush()
+        _print_list(o, df)
         res.append(df.reset_index().assign(list=o))
     print(f'\n{columns}')
     res = pd.concat(res, ignore_index=True)
     _write(out, 'bench', res, **info, dtype=dtype, rounds=rounds, schedule=schedule)
-    fig = plot_bench(res, line)
+    fig = plot_bench(res, where)
     write_file(Path(out)/'bench.png', partial(fig.savefig, dpi=150, format='png'))
     if not in_notebook(): plt.close(fig)
     return res
-
-def _write(out, name, df, **info):
-    text = json.dumps(dict(**info, rows=json.loads(df.to_json(orient='records'))), indent=1)
-    write_file(Path(out)/f'{name}.json', lambda part: part.write_text(text))
 
 def read_bench(
     path # A `bench.json` or `epoch.json`
@@ -291,8 +389,8 @@ def read_bench(
     return pd.DataFrame(info.pop('rows')),info
 
 # %% ../../nbs/compare/bench.ipynb #5a6b6177
-@command(f"""
-lists: {', '.join([*bench_models, *bench_shapes])};
+_help = f"""
+lists: {', '.join(_lists)};
 small is 500 tensors of 64, big two of 4096x4096, convs the 3x3 convolutions of a ResNet-50
 {fill('optimizers: ' + ', '.join(bench_opts), 120)}
 
@@ -307,10 +405,12 @@ examples:
   ranger-bench --epoch
       training batches rather than steps
 
-""")
+"""
+
+@command(_help)
 def ranger_bench(
     lists:str='resnet50,xresnet18,xresnet50,vit,awd_lstm,big,small', # Lists of tensors, with commas between them
-    opts:str=None, # Names of optimizers or `package.module:function`, with commas between them; `None` for this one, the peers and the floors
+    opts:str=None, # Names or `package.module:function`, with commas; `None` for this one, the peers and the floors
     rounds:int=None, # Rounds of six steps (10), or turns of five batches (20)
     device:str='cpu', # `cpu` or `cuda`
     dtype:str='float32', # `float32`, `bfloat16`, `float16` or `float64`

@@ -20,7 +20,9 @@ class _Part(list):
         super().__init__(items)
         self.split_idx = split_idx
 
-def _shuffled(items): return [items[i] for i in np.random.default_rng(42).permutation(len(items))]
+def _shuffled(items):
+    order = np.random.default_rng(42).permutation(len(items))
+    return [items[i] for i in order]
 
 class Images:
     "Images to train on and images to validate on, as pairs with the number of their class"
@@ -35,27 +37,38 @@ class Images:
         store_attr()
 
     def __repr__(self):
-        return f"{len(self.train)} images to train on, {len(self.valid)} to validate on ({self.held_out}), {len(self.vocab)} classes"
+        valid = f"{len(self.valid)} to validate on ({self.held_out})"
+        return f"{len(self.train)} images to train on, {valid}, {len(self.vocab)} classes"
 
     def take(self, n):
         "These, with `n` of the training images, the same in each call"
-        if not 0 < n <= len(self.train): raise ValueError(f"n_train must be from 1 to the number of training images, {len(self.train)}, got {n}")
+        most = len(self.train)
+        if not 0 < n <= most:
+            raise ValueError(f"n_train must be from 1 to the number of training images, {most}, got {n}")
         return self._with(_shuffled(self.train)[:n])
 
     def noisy(self, share):
         "These, with another class, drawn at random, for `share` of the training images, the same in each call"
         if not 0 <= share <= 1: raise ValueError(f"noise must be a number in [0, 1], got {share}")
-        rng,n = np.random.default_rng(42),len(self.vocab)
-        wrong = set(rng.choice(len(self.train), round(share*len(self.train)), replace=False).tolist())
-        shift = rng.integers(1, n, len(self.train)).tolist()
-        return self._with([(x, (y+shift[i])%n if i in wrong else y) for i,(x,y) in enumerate(self.train)])
+        rng = np.random.default_rng(42)
+        items = list(self.train)
+        n_classes = len(self.vocab)
+        wrong = rng.choice(len(items), round(share*len(items)), replace=False).tolist()
+        shift = rng.integers(1, n_classes, len(items)).tolist()
+        for i in wrong:
+            x,y = items[i]
+            items[i] = x,(y+shift[i])%n_classes
+        return self._with(items)
 
     def split(self, n=None):
-        "The training images alone: the last fifth of them, once shuffled, for validation, the others, or `n` of them, to train on"
+        "The training images alone, shuffled: the last fifth to validate on, the others, or `n` of them, to train on"
         items = _shuffled(self.train)
         most = len(items)*4//5
-        if n is not None and not 0 < n <= most: raise ValueError(f"n_tune must be from 1 to four fifths of the training images, {most}, got {n}")
-        return Images(items[:most if n is None else n], items[most:], self.vocab, self.item_tfms, self.batch_tfms, 'a fifth of the training images')
+        if n is None: n = most
+        if not 0 < n <= most:
+            raise ValueError(f"n_tune must be from 1 to four fifths of the training images, {most}, got {n}")
+        held_out = 'a fifth of the training images'
+        return Images(items[:n], items[most:], self.vocab, self.item_tfms, self.batch_tfms, held_out)
 
     def _with(self, train): return Images(train, self.valid, self.vocab, self.item_tfms, self.batch_tfms, self.held_out)
 
@@ -63,10 +76,10 @@ class Images:
         bs:int=64 # Batch size
     )->DataLoaders:
         "Shuffled batches to train on, and batches to validate on"
-        parts = _Part(self.train, 0),_Part(self.valid, 1)
         workers = min(16, num_cpus()) if torch.cuda.is_available() and self.item_tfms else 0
-        res = DataLoaders.from_dsets(*parts, bs=bs, num_workers=workers, after_item=[*self.item_tfms, ToTensor], after_batch=[*self.batch_tfms],
-                                     device=default_device())
+        res = DataLoaders.from_dsets(
+            _Part(self.train, 0), _Part(self.valid, 1), bs=bs, num_workers=workers, device=default_device(),
+            after_item=[*self.item_tfms, ToTensor], after_batch=[*self.batch_tfms])
         res.vocab = self.vocab
         return res
 
@@ -104,89 +117,142 @@ def fashion_mnist(
     size:int=None # Side of an image in pixels; `None` for 28, as they are
 )->Images:
     "Photos of clothing"
-    sets = [FashionMNIST(path or fastai_path('data'), train=o, download=path is None) for o in (True, False)]
-    return Images(*[_scans(o.data/255, o.targets, size) for o in sets], sets[0].classes, held_out='its test set')
+    def part(train):
+        data = FashionMNIST(path or fastai_path('data'), train=train, download=path is None)
+        return _scans(data.data/255, data.targets, size)
+    return Images(part(True), part(False), FashionMNIST.classes, held_out='its test set')
 
 # %% ../../nbs/compare/data.ipynb #0083dd75
 def _decode(f, size):
     "The image of file `f`, its shorter side twice `size` at most"
     try:
         im = Image.open(f)
-        if im.mode[0] in 'IF': raise ValueError(f"its pixels are not of 8 bits, but of mode {im.mode}, which RGB cannot hold: convert it first")
+        if im.mode[0] in 'IF':
+            raise ValueError(f"its pixels are not of 8 bits, but of mode {im.mode}, "
+                             "which RGB cannot hold: convert it first")
         im.draft('RGB', (2*size, 2*size))
         im = im.convert('RGB')
     except Exception as e: raise ValueError(f"cannot read {f}: {e}") from None # Pillow raises many kinds
     r = 2*size/min(im.size)
-    return PILImage(im if r >= 1 else im.resize([round(o*r) for o in im.size], Image.Resampling.BILINEAR))
+    if r < 1:
+        w,h = im.size
+        im = im.resize([round(w*r), round(h*r)], Image.Resampling.BILINEAR)
+    return PILImage(im)
+
+def _decoded(files, size, vocab):
+    "Pairs of an image and the number of its class"
+    images = parallel(_decode, files, size=size, threadpool=True, n_workers=num_cpus(), progress=False)
+    return [(im, vocab.index(f.parent.name)) for im,f in zip(images, files)]
 
 _imagenet = Normalize.from_stats(*imagenet_stats)
+_valid_names = 'valid','val','validation','test'
+
+def _find_valid(path, valid):
+    "The folder in `path` to validate on: `valid`, or the first there is of those with a usual name"
+    if not path.is_dir(): raise ValueError(f"no such folder: {path}")
+    name = first(o for o in ([valid] if valid else _valid_names) if (path/o).is_dir())
+    if not name or not (path/'train').is_dir():
+        needed = f'a folder {valid}/' if valid else 'one of valid/, val/, validation/ and test/'
+        raise ValueError(f"{path} must have a folder train/ and {needed}")
+    if name=='test' and not valid:
+        warnings.warn(f"{path} has only test/ to validate on: "
+                      "what is chosen by these accuracies is chosen on the test set")
+    return name
+
+def _find_files(path):
+    "The image files in `path`, each in a folder that names its class"
+    files = sorted(get_image_files(path))
+    if not files: raise ValueError(f"no images in {path}")
+    for f in files:
+        if f.parent.parent != path: raise ValueError(f"{f} is not in a folder of {path} that names its class")
+    return files
+
+def _classes(files): return sorted({f.parent.name for f in files})
+
+def _find_classes(path, train, name, valid):
+    "The classes of the files `train`, which must have those of `valid`, the files in the folder `name`"
+    vocab = _classes(train)
+    if len(vocab) < 2: raise ValueError(f"{path/'train'} must have at least two classes, it has {vocab[0]} alone")
+    unknown = [o for o in _classes(valid) if o not in vocab]
+    if unknown: raise ValueError(f"{path/name} has classes that {path/'train'} has not: {', '.join(unknown)}")
+    return vocab
+
+def _by_pattern(path, files, pattern):
+    "The files that are not named `pattern`, and those that are"
+    files = sorted(files, key=lambda f: (f.parent.name, f.name))
+    valid = [f for f in files if fnmatch(f.name, pattern)]
+    if not valid or len(valid)==len(files):
+        raise ValueError(f"{'all' if valid else 'none'} of the images in {path} are named {pattern}")
+    return [f for f in files if not fnmatch(f.name, pattern)],valid
 
 def folder(
     path, # Folder with `train/` and the folder to validate on; in each, a folder for each class
     size:int=64, # Side of an image in pixels
-    valid:str=None, # Name of the folder to validate on; `None` for the first there is of `valid`, `val`, `validation` and `test`
+    valid:str=None, # Name of the folder to validate on; `None` for the first of `valid`, `val`, `validation`, `test`
     pattern:str=None # Validate on the images with such a file name, from both folders, and train on all others
 )->Images:
     "The images under `path`"
     path = Path(path)
-    if not path.is_dir(): raise ValueError(f"no such folder: {path}")
-    name = first(o for o in ([valid] if valid else ('valid', 'val', 'validation', 'test')) if (path/o).is_dir())
-    if not name or not (path/'train').is_dir():
-        raise ValueError(f"{path} must have a folder train/ and {f'a folder {valid}/' if valid else 'one of valid/, val/, validation/ and test/'}")
-    if name=='test' and not valid: warnings.warn(f"{path} has only test/ to validate on: what is chosen by these accuracies is chosen on the test set")
-    files = {o: sorted(get_image_files(path/o)) for o in ('train', name)}
-    for part,fs in files.items():
-        if not fs: raise ValueError(f"no images in {path/part}")
-        for f in fs:
-            if f.parent.parent != path/part: raise ValueError(f"{f} is not in a folder of {path/part} that names its class")
-    vocab = sorted({f.parent.name for f in files['train']})
-    if len(vocab) < 2: raise ValueError(f"{path/'train'} must have at least two classes, it has {vocab[0]} alone")
-    unknown = {f.parent.name for f in files[name]} - set(vocab)
-    if unknown: raise ValueError(f"{path/name} has classes that {path/'train'} has not: {', '.join(sorted(unknown))}")
-    parts,held_out = files.values(),f'folder {name}/'
+    name = _find_valid(path, valid)
+    held_out = f'folder {name}/'
+    train_files = _find_files(path/'train')
+    valid_files = _find_files(path/name)
+    vocab = _find_classes(path, train_files, name, valid_files)
     if pattern:
-        both = sorted(sum(parts, []), key=lambda f: (f.parent.name, f.name))
-        parts,held_out = [[f for f in both if fnmatch(f.name, pattern) is o] for o in (False, True)],f'those named {pattern}'
-        if not all(parts): raise ValueError(f"{'none' if parts[0] else 'all'} of the images in {path} are named {pattern}")
-    parts = [list(zip(parallel(_decode, fs, size=size, threadpool=True, n_workers=num_cpus(), progress=False), [vocab.index(f.parent.name) for f in fs])) for fs in parts]
-    return Images(*parts, vocab, [RandomResizedCrop(size, min_scale=.35), FlipItem(.5)], [IntToFloatTensor, _imagenet], held_out)
+        train_files,valid_files = _by_pattern(path, train_files+valid_files, pattern)
+        held_out = f'those named {pattern}'
+    train_items = _decoded(train_files, size, vocab)
+    valid_items = _decoded(valid_files, size, vocab)
+    crop = [RandomResizedCrop(size, min_scale=.35), FlipItem(.5)]
+    return Images(train_items, valid_items, vocab, crop, [IntToFloatTensor, _imagenet], held_out)
 
 # %% ../../nbs/compare/data.ipynb #c5ca73aa
 def _shifts(x):
     "Matrices that move each image of `x` by up to an eighth of its side, in whole pixels"
     n = x.shape[-1]
-    dx,dy = (torch.randint(-(n//8), n//8+1, x.shape[:1], device=x.device)*2/n for _ in range(2))
-    return affine_mat(torch.ones_like(dx), torch.zeros_like(dx), dx, torch.zeros_like(dx), torch.ones_like(dx), dy)
+    def shift(): return torch.randint(-(n//8), n//8+1, x.shape[:1], device=x.device)*2/n
+    dx,dy = shift(),shift()
+    zeros,ones = torch.zeros_like(dx),torch.ones_like(dx)
+    return affine_mat(ones, zeros, dx, zeros, ones, dy)
 
 def cifar10(path=None, size:int=None)->Images:
     "Small color images, from `path` or downloaded"
     size = size or 32
     ims = folder(path or untar_data(URLs.CIFAR), size, 'test')
-    parts = [[(TensorImage(image2tensor(im.resize((size, size)))), y) for im,y in part] for part in (ims.train, ims.valid)]
+    def tensors(items): return [(TensorImage(image2tensor(im.resize((size, size)))), y) for im,y in items]
     move = AffineCoordTfm([_shifts, partial(flip_mat, p=.5)], mode='nearest', pad_mode=PadMode.Zeros)
-    return Images(*parts, ims.vocab, (), [IntToFloatTensor, move, _imagenet], ims.held_out)
+    batch_tfms = [IntToFloatTensor, move, _imagenet]
+    return Images(tensors(ims.train), tensors(ims.valid), ims.vocab, (), batch_tfms, ims.held_out)
 
 def _imagenet_part(name):
+    "A function that gets the images of `name`, a key of fastai's `URLs`"
     def get(path=None, size:int=None, split:str=None)->Images:
         size = size or 64
-        path = path or untar_data(getattr(URLs, name if size > 256 else f'{name}_320' if size > 128 else f'{name}_160'))
+        side = '' if size > 256 else '_320' if size > 128 else '_160' # twice the size at least, or all there is
+        if not path: path = untar_data(getattr(URLs, name+side))
         return folder(path, size, pattern='ILSVRC2012_val_*' if split else None)
     return get
 
-datasets = dict(fashion_mnist=fashion_mnist, cifar10=cifar10, imagenette=_imagenet_part('IMAGENETTE'), imagewoof=_imagenet_part('IMAGEWOOF'))
+datasets = dict(
+    fashion_mnist=fashion_mnist, cifar10=cifar10,
+    imagenette=_imagenet_part('IMAGENETTE'), imagewoof=_imagenet_part('IMAGEWOOF'))
 
 def get_images(
     data:str, # `digits`, a key of `datasets`, or a folder
     path:str=None, # Where a data set is; `None` to download it
     size:int=None, # Side of an image in pixels; `None` for what is usual
-    split:str=None # `v1` for the split of `imagenette` and `imagewoof` until December 2019; `None` for the folders there are
+    split:str=None # `v1` for the split of `imagenette` and `imagewoof` until December 2019
 )->Images:
     "The images of `data`; `ValueError` if they cannot be had"
     if split not in (None, 'v1'): raise ValueError(f"split must be v1, got {split}")
-    if split and data not in ('imagenette', 'imagewoof'): raise ValueError(f"split goes with imagenette or imagewoof, got {split} with {data}")
-    if path and data not in datasets: raise ValueError(f"path goes with one of {', '.join(datasets)}, got {path} with {data}")
+    if split and data not in ('imagenette', 'imagewoof'):
+        raise ValueError(f"split goes with imagenette or imagewoof, got {split} with {data}")
+    if path and data not in datasets:
+        raise ValueError(f"path goes with one of {', '.join(datasets)}, got {path} with {data}")
     if data=='digits': return digits(size)
     if data not in datasets: return folder(data, size or 64)
-    try: return datasets[data](path, size, **(dict(split=split) if split else {}))
+    kwargs = dict(split=split) if split else {}
+    try: return datasets[data](path, size, **kwargs)
     except (OSError, RuntimeError) as e:
-        raise ValueError(f"no {data} in {path}: {e}" if path else f"cannot download {data} ({e}): give the folder it is in with path") from None
+        if path: raise ValueError(f"no {data} in {path}: {e}") from None
+        raise ValueError(f"cannot download {data} ({e}): give the folder it is in with path") from None

@@ -49,8 +49,10 @@ class OptInfo:
 
     def for_learner(self):
         "The `opt_func` for a `Learner`; `ValueError` if it makes no optimizer"
-        try: opt = self.opt_func([torch.nn.Parameter(torch.zeros(1))], lr=self.lr)
-        except Exception as e: raise ValueError(f"opts has {self.name}, which cannot be made: {_first_line(e)}") from None
+        weight = torch.nn.Parameter(torch.zeros(1))
+        try: opt = self.opt_func([weight], lr=self.lr)
+        except Exception as e:
+            raise ValueError(f"opts has {self.name}, which cannot be made: {_first_line(e)}") from None
         if hasattr(opt, 'set_hypers'): return self.opt_func
         if isinstance(opt, torch.optim.Optimizer): return partial(OptimWrapper, opt=self.opt_func)
         raise ValueError(f"opts has {self.name}, which makes no optimizer, but {type(opt).__name__}")
@@ -73,22 +75,20 @@ _sgd = partial(stock.SGD, mom=.9)
 _ranger = dict(lr=8e-3, moves=_adam+_lookahead)
 _inside = dict(lr=3e-3, moves=_adam)
 
-def _peer(module, name, **kwargs):
-    "An optimizer of another package, imported when it is made"
-    return lambda params, lr: getattr(import_module(module), name)(params, lr=lr, **kwargs)
+def _variant(f, **kwargs): return partial(f, **{**fastai_hypers, **kwargs})
 
 register('ranger', ranger, color='#d62728', **_ranger)
-register('stock', partial(stock.ranger), color='#000000', **_ranger) # a `partial`, as it is meant: of the bare function `Learner` warns
+register('stock', partial(stock.ranger), color='#000000', **_ranger) # a `partial`: of the bare function `Learner` warns
 register('radam', RAdam, color='#ff9f1c', twin='stock_radam', **_inside)
 register('adam', stock.Adam, color='#1f77b4', **_inside)
 register('fast_adam', Adam, color='#6baed6', twin='adam', **_inside)
 register('sgd', _sgd, 1e-1, '#2ca02c', moves=5)
-register('ranger_gc', partial(ranger_gc, **fastai_hypers), color='#9467bd', twin='stock_gc', **_ranger)
-register('ranger_gc_update', partial(ranger_gc, gc='update', **fastai_hypers), color='#c5b0d5', twin='stock_gc_update', **_ranger)
-register('ranger_va', partial(ranger_va, **fastai_hypers), 8e-3, '#8c564b', 'stock_va', _adam+2+_lookahead)
-register('ranger_qh', partial(ranger_qh, decouple_wd=True, **fastai_hypers), color='#e377c2', twin='stock_qh', **_ranger)
-register('ranger_adabelief', partial(ranger_adabelief, **{**fastai_hypers, 'eps': 1e-12}), color='#7f7f7f', twin='stock_adabelief', **_ranger)
-register('ranger_lars', partial(ranger_lars, **fastai_hypers), color='#bcbd22', twin='stock_lars', **_ranger)
+register('ranger_gc', _variant(ranger_gc), color='#9467bd', twin='stock_gc', **_ranger)
+register('ranger_gc_update', _variant(ranger_gc, gc='update'), color='#c5b0d5', twin='stock_gc_update', **_ranger)
+register('ranger_va', _variant(ranger_va), 8e-3, '#8c564b', 'stock_va', _adam+2+_lookahead)
+register('ranger_qh', _variant(ranger_qh, decouple_wd=True), color='#e377c2', twin='stock_qh', **_ranger)
+register('ranger_adabelief', _variant(ranger_adabelief, eps=1e-12), color='#7f7f7f', twin='stock_adabelief', **_ranger)
+register('ranger_lars', _variant(ranger_lars), color='#bcbd22', twin='stock_lars', **_ranger)
 register('ranger21', ranger21, 8e-3, '#17becf', 'stock21', 15+4/5)
 register('ranger_muon', ranger_muon, 2.5e-2, '#e6007e', 'stock_muon')
 register('muon', muon, 1e-2, '#f9a8d4', 'muon')
@@ -103,23 +103,35 @@ class FlatMuon(torch.optim.Optimizer):
     def __init__(self, params, lr):
         super().__init__(params, dict(lr=lr))
         ps = [p for g in self.param_groups for p in g['params']]
-        self.hidden,rest = [p for p in ps if p.ndim > 1],[p for p in ps if p.ndim < 2]
+        self.hidden = [p for p in ps if p.ndim > 1]
         self.flat = [torch.nn.Parameter(p.detach().view(len(p), -1)) for p in self.hidden] # the same memory
-        made = (self.flat, torch.optim.Muon, dict(adjust_lr_fn='match_rms_adamw')),(rest, torch.optim.AdamW, dict(fused=True))
-        self.opts = [cls(ps, lr=lr, weight_decay=.01, **kwargs) for ps,cls,kwargs in made if ps]
+        rest = [p for p in ps if p.ndim < 2]
+        hypers = dict(lr=lr, weight_decay=.01)
+        self.opts = []
+        if self.flat: self.opts.append(torch.optim.Muon(self.flat, adjust_lr_fn='match_rms_adamw', **hypers))
+        if rest: self.opts.append(torch.optim.AdamW(rest, fused=True, **hypers))
     def step(self, closure=None):
-        for g in [g for o in self.opts for g in o.param_groups]: g['lr'] = self.param_groups[0]['lr']
         for p,o in zip(self.hidden, self.flat): o.grad = None if p.grad is None else p.grad.flatten(1)
-        for o in self.opts: o.step()
+        for o in self.opts:
+            for g in o.param_groups: g['lr'] = self.param_groups[0]['lr']
+            o.step()
 
-register('optimi', _peer('optimi', 'Ranger', weight_decay=.01, foreach=False, triton=False), **_ranger)
-register('optimi_foreach', _peer('optimi', 'Ranger', weight_decay=.01, foreach=True), **_ranger)
-register('optimi_triton', _peer('optimi', 'Ranger', weight_decay=.01, triton=True), **_ranger)
-register('pytorch_optimizer', _peer('pytorch_optimizer', 'Ranger', weight_decay=.01), **_ranger)
-register('pytorch_ranger', _peer('pytorch_ranger', 'Ranger', weight_decay=.01), **_ranger)
-register('timm', _peer('timm.optim', 'create_optimizer_v2', opt='lookahead_radam', weight_decay=.01), **_ranger)
+def _peer(module, name, **kwargs):
+    "An optimizer of another package, imported when it is made, with the weight decay of `ranger`"
+    def make(params, lr): return getattr(import_module(module), name)(params, lr=lr, weight_decay=.01, **kwargs)
+    return make
+
+_optimi = partial(_peer, 'optimi', 'Ranger')
+
+register('optimi', _optimi(foreach=False, triton=False), **_ranger)
+register('optimi_foreach', _optimi(foreach=True), **_ranger)
+register('optimi_triton', _optimi(triton=True), **_ranger)
+register('pytorch_optimizer', _peer('pytorch_optimizer', 'Ranger'), **_ranger)
+register('pytorch_ranger', _peer('pytorch_ranger', 'Ranger'), **_ranger)
+register('timm', _peer('timm.optim', 'create_optimizer_v2', opt='lookahead_radam'), **_ranger)
 if hasattr(torch.optim, 'Muon'): register('torch_muon', FlatMuon, 1e-2, twin='torch_muon') # from PyTorch 2.9 on
-register('torch_radam', partial(torch.optim.RAdam, weight_decay=.01, decoupled_weight_decay=True, foreach=True), **_inside)
+_decayed = dict(weight_decay=.01, decoupled_weight_decay=True)
+register('torch_radam', partial(torch.optim.RAdam, foreach=True, **_decayed), **_inside)
 register('adamw_fused', partial(torch.optim.AdamW, weight_decay=.01, fused=True), **_inside)
 register('sgd_foreach', partial(torch.optim.SGD, momentum=.9, foreach=True), 1e-1, moves=5)
 register('ranger_l2', partial(ranger, decouple_wd=False), twin='stock_l2', **_ranger)
@@ -128,7 +140,7 @@ register('ranger_beta', partial(ranger, beta=2.), twin='stock_beta', **_ranger)
 register('stock_beta', partial(stock.ranger, beta=2.), twin='stock_beta', **_ranger)
 register('stock_radam', stock.RAdam, twin='stock_radam', **_inside)
 register('ranger_kahan', ranger_kahan, **_ranger)
-register('optimi_kahan', _peer('optimi', 'Ranger', weight_decay=.01, kahan_sum=True, foreach=True), **_ranger)
+register('optimi_kahan', _optimi(kahan_sum=True, foreach=True), **_ranger)
 
 # %% ../../nbs/compare/registry.ipynb #3e34847c
 def _literal(s):
@@ -149,9 +161,18 @@ def _imported(key):
     module,name = key.split(':')
     if '' not in sys.path: sys.path.append('') # a command does not look for modules in the folder it runs in
     try: found = import_module(module)
-    except Exception as e: raise ValueError(f"opts has {key}, but {module} cannot be imported: {_first_line(e)}") from None
+    except Exception as e:
+        raise ValueError(f"opts has {key}, but {module} cannot be imported: {_first_line(e)}") from None
     try: return attrgetter(name)(found)
     except AttributeError: raise ValueError(f"opts has {key}, but {module} has no {name}") from None
+
+def _parse_hypers(hypers):
+    "A dict of `hypers`, a list of `name=value`; `ValueError` if one is something else"
+    res = {}
+    for o in hypers:
+        k,v = o.split('=', 1)
+        res[k] = _literal(v)
+    return res
 
 def find_opt(
     name:str, # A name in `known` or `package.module:function`, and `:hyper=value` for each hyper that is to be another
@@ -159,10 +180,13 @@ def find_opt(
 )->OptInfo: # With the hypers in its `opt_func`
     "The record that `name` stands for, or a new one for a function; `ValueError` if there is neither"
     key,hypers = split_name(name, known)
-    if key not in known and ':' not in key: raise ValueError(f"opts must be one of {', '.join(known)}, or package.module:function, got {key}")
+    if key not in known and ':' not in key:
+        raise ValueError(f"opts must be one of {', '.join(known)}, or package.module:function, got {key}")
     info = known[key] if key in known else OptInfo(key, _imported(key))
     try:
-        hypers = {k: _literal(v) for k,v in (o.split('=', 1) for o in hypers)}
+        hypers = _parse_hypers(hypers)
         lr = float(hypers.pop('lr', info.lr))
-    except ValueError: raise ValueError(f"opts has {name}, which cannot be made: a hyper is given as name=value") from None
-    return replace(info, name=name, opt_func=partial(info.opt_func, **hypers) if hypers else info.opt_func, lr=lr)
+    except ValueError:
+        raise ValueError(f"opts has {name}, which cannot be made: a hyper is given as name=value") from None
+    opt_func = partial(info.opt_func, **hypers) if hypers else info.opt_func
+    return replace(info, name=name, opt_func=opt_func, lr=lr)

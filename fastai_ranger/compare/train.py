@@ -21,12 +21,20 @@ def _fit_warm(learn, n_epoch, lr, start_epoch=0):
     lrs = combine_scheds([.1, .65, .25], [SchedLin(lr/1000, lr), SchedNo(lr, lr), SchedCos(lr, 0)])
     learn.fit(n_epoch, lr, cbs=ParamScheduler(dict(lr=lrs)), start_epoch=start_epoch)
 
-scheds = dict(flat_cos=Learner.fit_flat_cos, one_cycle=Learner.fit_one_cycle, ranger21=Learner.fit_ranger21, warm_flat_cos=_fit_warm, flat=Learner.fit)
+scheds = dict(
+    flat_cos=Learner.fit_flat_cos, one_cycle=Learner.fit_one_cycle, ranger21=Learner.fit_ranger21,
+    warm_flat_cos=_fit_warm, flat=Learner.fit)
 
 # %% ../../nbs/compare/train.ipynb #bab28b34
-models = dict(cnn=cnn, **{o: getattr(xresnet, o) for o in xresnet.__all__ if o.startswith(('xresnet', 'xse_'))})
+models = dict(cnn=cnn)
+for o in xresnet.__all__:
+    if o.startswith(('xresnet', 'xse_')): models[o] = getattr(xresnet, o)
 
 # %% ../../nbs/compare/train.ipynb #836e443d
+def _create_timm(name, *args, **kwargs):
+    model,_ = create_timm_model(name, *args, **kwargs)
+    return model
+
 def find_model(
     name:str, # A key of `models`, or the name of a model of torchvision or timm
     pretrained=False # With the weights they come with?
@@ -35,13 +43,19 @@ def find_model(
     if name in models:
         if pretrained: raise ValueError(f"pretrained goes with a model of torchvision or timm, got {name}")
         return models[name]
-    if name in torchvision.models.list_models(module=torchvision.models): make = partial(create_vision_model, getattr(torchvision.models, name))
-    elif timm and timm.is_model(name): make = lambda *args, **kwargs: create_timm_model(name, *args, **kwargs)[0]
-    else: raise ValueError(f"model must be one of {', '.join(models)}, or a model of torchvision or timm such as resnet18, got {name}")
-    return lambda n_out, c_in: make(n_out, n_in=c_in, pretrained=pretrained)
+    if name in torchvision.models.list_models(module=torchvision.models):
+        make = partial(create_vision_model, getattr(torchvision.models, name))
+    elif timm and timm.is_model(name): make = partial(_create_timm, name)
+    else:
+        raise ValueError(f"model must be one of {', '.join(models)}, "
+                         f"or a model of torchvision or timm such as resnet18, got {name}")
+    def model(n_out, c_in): return make(n_out, n_in=c_in, pretrained=pretrained)
+    return model
 
 # %% ../../nbs/compare/train.ipynb #bf220173
-recipes = dict(plain=dict(model='xresnet18', loss_func=CrossEntropyLossFlat), leaderboard=dict(model='xse_resnext50', loss_func=LabelSmoothingCrossEntropyFlat, act_cls=Mish, sa=True))
+recipes = dict(
+    plain=dict(model='xresnet18', loss_func=CrossEntropyLossFlat),
+    leaderboard=dict(model='xse_resnext50', loss_func=LabelSmoothingCrossEntropyFlat, act_cls=Mish, sa=True))
 
 # %% ../../nbs/compare/train.ipynb #c2eb6fce
 class ArgumentError(ValueError): "An argument that cannot work"
@@ -57,7 +71,8 @@ def write_file(file, write):
     try:
         write(part)
         part.replace(file)
-    except (OSError, RuntimeError) as e: raise ArgumentError(f"cannot write {file}: {getattr(e, 'strerror', 'is the disk full?')}") from None # PyTorch's is a `RuntimeError` that does not say why
+    except (OSError, RuntimeError) as e: # PyTorch's is a `RuntimeError` that does not say why
+        raise ArgumentError(f"cannot write {file}: {getattr(e, 'strerror', 'is the disk full?')}") from None
     finally: part.unlink(missing_ok=True)
 
 # %% ../../nbs/compare/train.ipynb #422d6507
@@ -92,12 +107,15 @@ class Checkpoint(Callback):
     def __init__(self,
         file=None # What is there already is continued
     ):
-        self.file,self.rows,self.saved = file and Path(file),[],None
-        if not file or not self.file.exists(): return
+        self.file = Path(file) if file else None
+        self.rows = []
+        self.saved = None
+        if not self.file or not self.file.exists(): return
         try:
             self.saved = torch.load(self.file, weights_only=False) # fastai's hypers, Python's and NumPy's random states
             self.rows = self.saved['rows']
-        except Exception as e: raise ArgumentError(f"cannot read {self.file} ({e}): remove it to begin that run anew") from None
+        except Exception as e:
+            raise ArgumentError(f"cannot read {self.file} ({e}): remove it to begin that run anew") from None
 
     def before_fit(self):
         if not self.saved: return
@@ -112,10 +130,16 @@ class Checkpoint(Callback):
         if self.epoch < len(self.rows): return # it was skipped
         timer = self.learn.step_timer
         values = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1])) # epoch comes first
-        self.rows.append(dict(epoch=self.epoch+1, **values, seconds=timer.seconds[-1], opt_seconds=timer.opt_seconds[-1]))
-        if not self.file: return
-        write_file(self.file, partial(torch.save, dict(rows=self.rows, model=self.model.state_dict(), opt=self.opt.state_dict(),
-            smooth_loss=vars(self.recorder.smooth_loss), order=[dl.rng.getstate() for dl in self.dls.loaders], random=get_random_states())))
+        times = dict(seconds=timer.seconds[-1], opt_seconds=timer.opt_seconds[-1])
+        self.rows.append(dict(epoch=self.epoch+1, **values, **times))
+        if self.file: write_file(self.file, partial(torch.save, self._all()))
+
+    def _all(self):
+        "What it takes to go on"
+        return dict(
+            rows=self.rows, model=self.model.state_dict(), opt=self.opt.state_dict(),
+            smooth_loss=vars(self.recorder.smooth_loss), order=[dl.rng.getstate() for dl in self.dls.loaders],
+            random=get_random_states())
 
 # %% ../../nbs/compare/train.ipynb #123148b1
 def learner_func(
