@@ -277,7 +277,7 @@ def test_every_optimizer_trains(name):
     if name == 'optimi_triton' and not torch.cuda.is_available(): pytest.skip('Triton needs a GPU')
     o = optimizers[name]
     rows = train_run(learner_func(lambda: data.digits().take(128).dls(64), cnn), o.for_learner(), o.lr, epochs=1)
-    assert 1.5 < rows[0]['train_loss'] < 3 and o.twin in optimizers
+    assert 1.5 < rows[0]['train_loss'] < 3
 
 ## The rate is looked for on training images
 

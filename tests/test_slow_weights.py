@@ -13,8 +13,8 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai_ranger.all import *
-from fastai_ranger.lab.workflows import digits_learner, fit, largest, weights
 from helpers import Overflow, equal, param, same, sgd_ahead, slow, state, steps
+from workflows import digits_learner, fit, largest, weights
 
 # Without a Learner
 
