@@ -22,20 +22,15 @@ def ours(info):
             return False
     return isinstance(opt, MultiTensorOptimizer)
 
-# Records of all on our engine, each with the same formulas in fastai's steppers
+# Records of all on our engine
 
-def alone(name, *args): return OptInfo(name, *args, twin=name) # nothing else has these formulas
-
-more = [alone('ranger_skip', partial(ranger, unrectified='skip'), 8e-3), OptInfo('radam_l2', partial(RAdam, decouple_wd=False), 3e-3, twin='stock_radam_l2'),
-        OptInfo('ranger_l2_beta', partial(ranger, decouple_wd=False, beta=2.), 8e-3, twin='stock_l2_beta'),
-        alone('lookahead_torch_sgd', lookahead(partial(torch.optim.SGD, momentum=.9)), 1e-1), alone('lookahead_torch_adamw', lookahead(torch.optim.AdamW), 3e-3),
-        alone('fastais_steppers', partial(MultiTensorOptimizer, cbs=[stock.weight_decay, stock.sgd_step]), 1e-1)]
-same_formulas = dict(stock_radam_l2=partial(stock.RAdam, decouple_wd=False), stock_l2_beta=partial(stock.ranger, decouple_wd=False, beta=2.),
-                     lookahead_adam=lambda ps, lr: stock.Lookahead(stock.Adam(ps, lr=lr)), lookahead_sgd=lambda ps, lr: stock.Lookahead(stock.SGD(ps, lr=lr, mom=.9)))
-
-def twin_of(info):
-    "The `opt_func` with the same formulas in fastai's steppers, or the record's own"
-    return same_formulas.get(info.name) or same_formulas.get(info.twin) or {**optimizers, info.name: info}[info.twin].opt_func
+more = [
+    OptInfo('ranger_skip', partial(ranger, unrectified='skip'), 8e-3),
+    OptInfo('ranger_l2_beta', partial(ranger, decouple_wd=False, beta=2.), 8e-3),
+    OptInfo('radam_l2', partial(RAdam, decouple_wd=False), 3e-3),
+    OptInfo('lookahead_torch_sgd', lookahead(partial(torch.optim.SGD, momentum=.9)), 1e-1),
+    OptInfo('lookahead_torch_adamw', lookahead(torch.optim.AdamW), 3e-3),
+    OptInfo('fastais_steppers', partial(MultiTensorOptimizer, cbs=[stock.weight_decay, stock.sgd_step]), 1e-1)]
 
 records = [o for o in [*optimizers.values(), *more] if ours(o)]
 

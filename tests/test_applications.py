@@ -16,9 +16,9 @@ from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, awd
 from fastai.torch_core import set_seed, tensor
 from fastai.vision.all import resnet18, unet_learner, vision_learner, xresnet18
 from fastai_ranger.all import ranger
-from fastai_ranger.lab.workflows import fit, gan_learner, largest, weights
 from helpers import Float64
 from sklearn import datasets
+from workflows import fit, gan_learner, largest, weights
 
 def dls_of(items, bs=16, n=80):
     dls = DataLoaders.from_dsets(items[:n], items[n:n+bs], bs=bs, num_workers=0)

@@ -9,8 +9,8 @@ from fastai.callback.core import Callback
 from fastai.torch_core import params
 from fastai_ranger.all import *
 from fastai_ranger.steppers import *
-from fastai_ranger.lab.workflows import digits_learner, fit, largest, stand_still, weights
 from helpers import Skip, Until, finish, fork, load, param, same, state, steps
+from workflows import digits_learner, fit, largest, stand_still, weights
 
 class Clip(Callback):
     def after_step(self):

@@ -87,9 +87,9 @@ ranger # # # # # # # # #
 sgd_foreach # # # # # # # # #
 step, cycle: milliseconds of a step, the median of all, and of the means of six, which hold one synchronisation; q#
 and q# are quartiles of cycle. ns: nanoseconds a weight. gb_s: gigabytes moved a second, of what a step has to
-move; of_limit: that as a share of what the memory can. x_stock: times as fast as the same formulas in fastai's
-steppers. x_adamw: times as long as PyTorch's fused AdamW takes. state, extra: bytes a weight that are kept, and
-that a step needs besides."""
+move; of_limit: that as a share of what the memory can. x_stock: times as fast as fastai's `ranger`, which is stock.
+x_adamw: times as long as PyTorch's fused AdamW takes. state, extra: bytes a weight that are kept, and that a step
+needs besides."""
 
 @pytest.mark.parametrize('name,words', [
     ('ranger-compare', ['a folder with `train/`', 'optimizers: ranger, stock', 'models: cnn', 'ranger-compare path/to/images']),

@@ -11,10 +11,11 @@ from fastai.learner import Learner
 from fastai_ranger.all import *
 from fastai_ranger.steppers import *
 from fastai_ranger.compare.registry import OptInfo, optimizers, register
-from fastai_ranger.lab.workflows import digits_learner, fit
-from helpers import (alone, as_it_is, channels_last, equal, flat, has_slow, holes, inner, is_whole, load, ours, records, same, through_a_file, whole,
-    turned, twin_of)
+from helpers import (as_it_is, channels_last, equal, flat, has_slow, holes, inner, is_whole, load, ours, records, same,
+    through_a_file, turned, whole)
+from reference import references
 from torch import nn
+from workflows import digits_learner, fit
 
 ## Weights, gradients, state
 
@@ -408,7 +409,7 @@ def a_device_without_the_kernel_finds_the_same(info):
 
 ## The same formulas in fastai's steppers
 
-def has_the_weights_of_its_twin(info, wd):
+def has_the_weights_of_its_reference(info, wd):
     "Two groups, one weight that is not decayed, momentum that changes, gradients of any size"
     def heavy(p, i, j): return random(p, i, j)*10**random(torch.empty((), dtype=p.dtype), i, j+500)+.1
     def run(opt_func):
@@ -421,7 +422,7 @@ def has_the_weights_of_its_twin(info, wd):
             go(opt, gs, 1, i, grad=heavy)
         return flat(gs)
     mine = run(info.opt_func)
-    assert apart(mine, run(twin_of(info))) < 1e-10 and apart(mine, flat(model())) > .01
+    assert apart(mine, run(references[info.name])) < 1e-10 and apart(mine, flat(model())) > .01
 
 ## All of them
 
@@ -440,7 +441,7 @@ contracts = [
     *each(low_precision_is_near, dtype=(torch.float32, *low)), *each(another_default_dtype_changes_nothing, default=(torch.float64, *low)),
     *each(what_is_not_finite_harms_no_other, bad=(math.nan,), dtype=(torch.float64, *low)), *each(what_is_not_finite_harms_no_other, bad=(math.inf, -math.inf), dtype=(torch.float64,)),
     *each(refuses_a_bad_gradient, kind=('sparse', torch.float32, torch.complex128), n=(0, 2)), *each(refuses_a_bad_parameter, dtype=(torch.complex64, torch.int32, torch.float8_e4m3fn)),
-    few_at_a_time_are_all_at_once, one_at_a_time_are_all_at_once, a_device_without_the_kernel_finds_the_same, *each(has_the_weights_of_its_twin, wd=(0., .1))]
+    few_at_a_time_are_all_at_once, one_at_a_time_are_all_at_once, a_device_without_the_kernel_finds_the_same, *each(has_the_weights_of_its_reference, wd=(0., .1))]
 
 takes_each_alone = groups_are_optimizers_of_their_own, gradients_come_and_go
 
@@ -453,7 +454,7 @@ def holds_for(info, contract):
     f = contract.func if isinstance(contract, partial) else contract
     if f in takes_each_alone: return not is_whole(info)
     if f is one_at_a_time_are_all_at_once: return not inner(info.opt_func([nn.Parameter(torch.zeros(1))], lr=info.lr))
-    return f is not has_the_weights_of_its_twin or twin_of(info) is not info.opt_func
+    return f is not has_the_weights_of_its_reference or references[info.name] is not None
 
 @pytest.mark.parametrize('info,contract', [pytest.param(o, c, id=f'{o.name}-{name_of(c)}') for o in records for c in contracts if holds_for(o, c)])
 def test_contract(info, contract): contract(info)
@@ -464,8 +465,9 @@ def sign_step(p, grad, lr, drag, size, **kwargs):
     return dict(size=size+1)
 
 @patch.dict(optimizers)
+@patch.dict(references, mine=None)
 def test_an_optimizer_of_your_own():
     "is tested by its record"
-    register('mine', partial(MultiTensorOptimizer, cbs=[slow_weights, sign_step, lookahead_step]), 1e-2, twin='mine')
+    register('mine', partial(MultiTensorOptimizer, cbs=[slow_weights, sign_step, lookahead_step]), 1e-2)
     for o in contracts:
         if holds_for(optimizers['mine'], o): o(optimizers['mine'])

@@ -12,7 +12,8 @@ from fastai_ranger.learner import restart_on_load
 from fastai_ranger.interop import to_torch
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from helpers import as_it_is, channels_last, flat, has_slow, holes, inner, records, through_a_file, turned, twin_of
+from helpers import as_it_is, channels_last, flat, has_slow, holes, inner, records, through_a_file, turned
+from reference import references
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -22,7 +23,7 @@ settings.register_profile('fuzz', max_examples=long or 200, stateful_step_count=
 
 def alone(opt_func, info): return opt_func([nn.Parameter(torch.zeros(1))], lr=info.lr)
 
-infos = {o.name: o for o in records if twin_of(o) is not o.opt_func or inner(alone(o.opt_func, o))}
+infos = {o.name: o for o in records if references[o.name] or inner(alone(o.opt_func, o))}
 shapes = [(4, 3), (4,), (2, 3, 2, 2)], [(5,), (1, 4), ()]
 
 def torch_step(p, made, torch_opt=None, **h):
@@ -36,11 +37,11 @@ def torch_step(p, made, torch_opt=None, **h):
 class Model:
     "What an optimizer should do: for each weight a copy, a gradient, a dict of state, and the slow weights"
     def __init__(self, info):
-        twin = alone(twin_of(info), info)
-        self.ahead = hasattr(twin, 'opt') or inner(twin) is not None
-        self.usual = dict(twin.hypers[0])
-        opt = inner(twin) or (twin.opt if self.ahead else twin)
-        self.cbs = [partial(torch_step, made=type(opt))] if inner(twin) else list(opt.cbs)
+        made = alone(references[info.name] or info.opt_func, info)
+        self.ahead = hasattr(made, 'opt') or inner(made) is not None
+        self.usual = dict(made.hypers[0])
+        opt = inner(made) or (made.opt if self.ahead else made)
+        self.cbs = [partial(torch_step, made=type(opt))] if inner(made) else list(opt.cbs)
         self.n = getattr(opt, 'n', len(self.cbs)) # steppers before Ranger21's mean of all
         self.hypers,self.group,self.weights,self.grads,self.state,self.slow,self.count,self.frozen = [],[],[],[],[],[],[],0
         self.before = {} # of each that was loaded since its last update: its weights, slow weights and count from before

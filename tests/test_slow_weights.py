@@ -14,8 +14,8 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai_ranger.all import *
 from fastai_ranger.steppers import *
-from fastai_ranger.lab.workflows import digits_learner, fit, largest, weights
 from helpers import Overflow, equal, param, same, sgd_ahead, slow, state, steps
+from workflows import digits_learner, fit, largest, weights
 
 # Without a Learner
 

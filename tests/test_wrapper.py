@@ -14,8 +14,8 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params
 from fastai_ranger.all import *
 from fastai_ranger.steppers import *
-from fastai_ranger.lab.workflows import digits_learner, fit, weights
 from helpers import Skip, Until, equal, inner, load, param, same, slow, state, through_a_file
+from workflows import digits_learner, fit, weights
 
 stepwise = [torch.optim.SGD, stock.SGD] # one for each of the two roads
 

@@ -331,9 +331,9 @@ def _check(name, values, allowed):
 columns = """\
 step, cycle: milliseconds of a step, the median of all, and of the means of six, which hold one synchronisation; q25
 and q75 are quartiles of cycle. ns: nanoseconds a weight. gb_s: gigabytes moved a second, of what a step has to
-move; of_limit: that as a share of what the memory can. x_stock: times as fast as the same formulas in fastai's
-steppers. x_adamw: times as long as PyTorch's fused AdamW takes. state, extra: bytes a weight that are kept, and
-that a step needs besides."""
+move; of_limit: that as a share of what the memory can. x_stock: times as fast as fastai's `ranger`, which is stock.
+x_adamw: times as long as PyTorch's fused AdamW takes. state, extra: bytes a weight that are kept, and that a step
+needs besides."""
 
 def _write(out, name, df, **info):
     "Write `df` and `info` as JSON"

@@ -16,7 +16,6 @@ from operator import attrgetter
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import defaults
 from fastcore.meta import delegates
-from ..lab.twins import twins
 from ..contrib.variants import *
 from ..contrib.ranger21 import *
 from ..optimizers.muon import muon,ranger_muon
@@ -41,7 +40,6 @@ class OptInfo:
     opt_func:callable # Function of parameters and `lr` that makes it
     lr:float=None # Usual learning rate; `None` for the default of `opt_func`, or else of fastai
     color:str=None # In pictures; `None` for one of a colormap
-    twin:str='stock' # Name of the one with the same formulas in fastai's steppers, which times are compared with
     moves:float=None # Numbers that a step has to read or write for every weight, if that is known
 
     def __post_init__(self):
@@ -79,23 +77,22 @@ def _variant(f, **kwargs): return partial(f, **{**fastai_hypers, **kwargs})
 
 register('ranger', ranger, color='#d62728', **_ranger)
 register('stock', partial(stock.ranger), color='#000000', **_ranger) # a `partial`: of the bare function `Learner` warns
-register('radam', RAdam, color='#ff9f1c', twin='stock_radam', **_inside)
+register('radam', RAdam, color='#ff9f1c', **_inside)
 register('adam', stock.Adam, color='#1f77b4', **_inside)
-register('fast_adam', Adam, color='#6baed6', twin='adam', **_inside)
+register('fast_adam', Adam, color='#6baed6', **_inside)
 register('sgd', _sgd, 1e-1, '#2ca02c', moves=5)
-register('ranger_gc', _variant(ranger_gc), color='#9467bd', twin='stock_gc', **_ranger)
-register('ranger_gc_update', _variant(ranger_gc, gc='update'), color='#c5b0d5', twin='stock_gc_update', **_ranger)
-register('ranger_va', _variant(ranger_va), 8e-3, '#8c564b', 'stock_va', _adam+2+_lookahead)
-register('ranger_qh', _variant(ranger_qh, decouple_wd=True), color='#e377c2', twin='stock_qh', **_ranger)
-register('ranger_adabelief', _variant(ranger_adabelief, eps=1e-12), color='#7f7f7f', twin='stock_adabelief', **_ranger)
-register('ranger_lars', _variant(ranger_lars), color='#bcbd22', twin='stock_lars', **_ranger)
-register('ranger21', ranger21, 8e-3, '#17becf', 'stock21', 15+4/5)
-register('ranger_muon', ranger_muon, 2.5e-2, '#e6007e', 'stock_muon')
-register('muon', muon, 1e-2, '#f9a8d4', 'muon')
+register('ranger_gc', _variant(ranger_gc), color='#9467bd', **_ranger)
+register('ranger_gc_update', _variant(ranger_gc, gc='update'), color='#c5b0d5', **_ranger)
+register('ranger_va', _variant(ranger_va), 8e-3, '#8c564b', _adam+2+_lookahead)
+register('ranger_qh', _variant(ranger_qh, decouple_wd=True), color='#e377c2', **_ranger)
+register('ranger_adabelief', _variant(ranger_adabelief, eps=1e-12), color='#7f7f7f', **_ranger)
+register('ranger_lars', _variant(ranger_lars), color='#bcbd22', **_ranger)
+register('ranger21', ranger21, 8e-3, '#17becf', 15+4/5)
+register('ranger_muon', ranger_muon, 2.5e-2, '#e6007e')
+register('muon', muon, 1e-2, '#f9a8d4')
 register('adam_l2', partial(stock.Adam, decouple_wd=False), color='#aec7e8', **_inside)
 register('lookahead_adam', lookahead(stock.Adam), 3e-3, '#393b79', moves=_adam+_lookahead)
 register('lookahead_sgd', lookahead(_sgd), 1e-1, '#98df8a', moves=5+_lookahead)
-for k,f in twins.items(): register(k, f, twin=k, **_ranger)
 
 # %% ../../nbs/compare/registry.ipynb #43c4b786
 class FlatMuon(torch.optim.Optimizer):
@@ -129,16 +126,16 @@ register('optimi_triton', _optimi(triton=True), **_ranger)
 register('pytorch_optimizer', _peer('pytorch_optimizer', 'Ranger'), **_ranger)
 register('pytorch_ranger', _peer('pytorch_ranger', 'Ranger'), **_ranger)
 register('timm', _peer('timm.optim', 'create_optimizer_v2', opt='lookahead_radam'), **_ranger)
-if hasattr(torch.optim, 'Muon'): register('torch_muon', FlatMuon, 1e-2, twin='torch_muon') # from PyTorch 2.9 on
+if hasattr(torch.optim, 'Muon'): register('torch_muon', FlatMuon, 1e-2) # from PyTorch 2.9 on
 _decayed = dict(weight_decay=.01, decoupled_weight_decay=True)
 register('torch_radam', partial(torch.optim.RAdam, foreach=True, **_decayed), **_inside)
 register('adamw_fused', partial(torch.optim.AdamW, weight_decay=.01, fused=True), **_inside)
 register('sgd_foreach', partial(torch.optim.SGD, momentum=.9, foreach=True), 1e-1, moves=5)
-register('ranger_l2', partial(ranger, decouple_wd=False), twin='stock_l2', **_ranger)
-register('stock_l2', partial(stock.ranger, decouple_wd=False), twin='stock_l2', **_ranger)
-register('ranger_beta', partial(ranger, beta=2.), twin='stock_beta', **_ranger)
-register('stock_beta', partial(stock.ranger, beta=2.), twin='stock_beta', **_ranger)
-register('stock_radam', stock.RAdam, twin='stock_radam', **_inside)
+register('ranger_l2', partial(ranger, decouple_wd=False), **_ranger)
+register('stock_l2', partial(stock.ranger, decouple_wd=False), **_ranger)
+register('ranger_beta', partial(ranger, beta=2.), **_ranger)
+register('stock_beta', partial(stock.ranger, beta=2.), **_ranger)
+register('stock_radam', stock.RAdam, **_inside)
 register('ranger_kahan', ranger_kahan, **_ranger)
 register('optimi_kahan', _optimi(kahan_sum=True, foreach=True), **_ranger)
 
