@@ -173,9 +173,7 @@ def _summary(times, rate, infos, n, itemsize):
     moves = pd.Series({k: o.moves for k,o in infos.items()}, dtype=float)
     needed = n*itemsize/1e6*moves
     res = res.assign(ns=res.cycle*1e6/n, gb_s=needed/res.cycle, of_limit=needed/rate/res.cycle)
-    if 'stock' in names:
-        twins = [res.cycle.get(o.twin, res.cycle['stock']) for o in infos.values()]
-        res['x_stock'] = twins/res.cycle
+    if 'stock' in names: res['x_stock'] = res.cycle['stock']/res.cycle
     if 'adamw_fused' in names: res['x_adamw'] = res.cycle/res.cycle['adamw_fused']
     return res
 
