@@ -259,7 +259,7 @@ class TorchOptimizer(torch.optim.Optimizer, metaclass=_ByName):
         if not isinstance(self.inner, MultiTensorOptimizer):
             raise ValueError(f"`as_torch` is for optimizers of fastai_ranger, got one that makes a {type(self.inner).__name__}")
         usual = dict(self.inner.hypers[0])
-        if lr is not None: usual['lr'] = self.inner.check_hyper('lr', lr)
+        if lr is not None: usual['lr'] = self.inner.declared.check_hyper('lr', lr)
         self.defaults = to_torch(usual)
         self.param_groups[:] = [self._as_group(g) for g in self.param_groups]
         self._take_groups()
@@ -275,9 +275,9 @@ class TorchOptimizer(torch.optim.Optimizer, metaclass=_ByName):
         usual = self._usual
         hypers = _once(given)
         for k,v in hypers.items():
-            if k in usual: hypers[k] = self.inner.check_hyper(k, v)
+            if k in usual: hypers[k] = self.inner.declared.check_hyper(k, v)
             elif k in self._roles: self._check_role(k, v, given['params'])
-            elif k in _options or k in self.inner.options: self._check_option(k, v, {**usual, **hypers})
+            elif k in _options or k in self.inner.declared.options: self._check_option(k, v, {**usual, **hypers})
             elif k not in _of_tools:
                 near = get_close_matches(k, [*self.defaults, *usual, *self._roles], 1)
                 if near: raise ValueError(f"there is no hyper `{k}` for a parameter group: did you mean `{near[0]}`?")
@@ -290,8 +290,8 @@ class TorchOptimizer(torch.optim.Optimizer, metaclass=_ByName):
 
     def _check_option(self, k, v, hypers):
         "`ValueError` if an option of PyTorch's optimizers asks for something else than `inner` does"
-        options = self.inner.settled
-        does = dict(nesterov=options.get('nesterov', False), amsgrad='max_avg' in self.inner.starters,
+        options = self.inner.declared.settled
+        does = dict(nesterov=options.get('nesterov', False), amsgrad='max_avg' in self.inner.declared.starters,
                     decoupled_weight_decay=options.get('decouple_wd', True))
         if k=='decoupled_weight_decay' and not hypers.get('wd'): return
         has = does.get(k, options.get(k, False))
@@ -300,14 +300,14 @@ class TorchOptimizer(torch.optim.Optimizer, metaclass=_ByName):
     @property
     def _roles(self):
         "For each key of a group that sets a role of its parameters, such as `use_muon`, the flag"
-        return {f"use_{k.removeprefix('do_')}": k for k in self.inner.routes}
+        return {f"use_{k.removeprefix('do_')}": k for k in self.inner.declared.routes}
 
     def _check_role(self, k, v, params):
         "`ValueError` if `params`, with their names or without, cannot have the role that `k` sets"
         if not switch.check(k, v): return
         for o in params:
             p = o[1] if isinstance(o, tuple) else o
-            self.inner.flags[self._roles[k]].check(f"a parameter group has {k}=True and a parameter", p)
+            self.inner.declared.flags[self._roles[k]].check(f"a parameter group has {k}=True and a parameter", p)
 
     def _take_groups(self):
         "Let `inner` have the parameters and hypers of `param_groups`"

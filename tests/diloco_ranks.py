@@ -93,7 +93,7 @@ def paper(rounds=6, k=4, spoil=None):
             if spoil and t==1 and dist.get_rank()==world-1: spoil(m, o)
 
 def spoilt():
-    def spoil(m, o): o.state[m[0].weight]['slow' if o.guests else 'grad_avg'][0,0] += 1e-6
+    def spoil(m, o): o.state[m[0].weight]['slow' if o.declared.guests else 'grad_avg'][0,0] += 1e-6
     paper(spoil=spoil)
 
 def raises(what, f):

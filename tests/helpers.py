@@ -37,9 +37,9 @@ records = [o for o in [*optimizers.values(), *more] if ours(o)]
 def flat(gs): return [p for g in gs for p in g]
 def inner(opt):
     "PyTorch's optimizer in `opt`, if there is one"
-    return opt.guests[0].torch if getattr(opt, 'guests', None) else None
+    return opt.declared.guests[0].torch if isinstance(opt, MultiTensorOptimizer) and opt.declared.guests else None
 def has_slow(opt): return getattr(opt, 'has_slow_weights', False)
-def is_whole(info): return any(f.scope=='all' for f,_ in info.opt_func([nn.Parameter(torch.zeros(1))], lr=info.lr).calls if not f.is_guest)
+def is_whole(info): return any(f.scope=='all' for f,_ in info.opt_func([nn.Parameter(torch.zeros(1))], lr=info.lr).declared.calls if not f.is_guest)
 
 # Processes of their own
 

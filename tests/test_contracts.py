@@ -133,7 +133,7 @@ def refuses_a_bad_checkpoint(info):
     go(opt, gs, 4), go(other, ws, 5)
     sd = other.state_dict()
     before,hypers,state = weights(gs),[dict(h) for h in opt.hypers],states(opt, gs)
-    for bad in spoilt(sd, [k for k,v in own(sd)['state'][-1].items() if k in opt.starters and isinstance(v, torch.Tensor)]):
+    for bad in spoilt(sd, [k for k,v in own(sd)['state'][-1].items() if k in opt.declared.starters and isinstance(v, torch.Tensor)]):
         with pytest.raises(ValueError), pytest.warns(UserWarning): opt.load_state_dict(bad)
         assert equal(before, flat(gs)) and same(states(opt, gs), state) and list(opt.hypers)==hypers
 
@@ -212,7 +212,7 @@ def storage_stays(info):
     "Weights, and the state that is declared, are updated in place"
     gs = model()
     opt = make(info, gs)
-    def where(): return [p.data_ptr() for p in flat(gs)] + [v.data_ptr() for p in flat(gs) for k,v in opt.state[p].items() if k in opt.starters and isinstance(v, torch.Tensor)]
+    def where(): return [p.data_ptr() for p in flat(gs)] + [v.data_ptr() for p in flat(gs) for k,v in opt.state[p].items() if k in opt.declared.starters and isinstance(v, torch.Tensor)]
     go(opt, gs, 1)
     before = where()
     go(opt, gs, 12, 1)
@@ -272,7 +272,7 @@ def restart_begins_anew(info, dtype):
         gs = model(dtype)
         opt = make(info, gs)
         go(opt, gs, n)
-        before,anchored = states(opt, gs),opt.anchored
+        before,anchored = states(opt, gs),opt.declared.anchored
         opt.restart()
         assert same(states(opt, gs), [{k: v for k,v in s.items() if k not in anchored} for s in before])
         if not has_slow(opt): continue
@@ -342,7 +342,7 @@ def what_is_not_finite_harms_no_other(info, bad, dtype):
         opt = make(info, gs)
         if has_slow(opt): opt.set_hyper('k', 3)
         for i in range(11):
-            if i==9 and has_slow(opt): assert all(s[k].isfinite().all() for s in states(opt, gs) for k in opt.anchored & set(s)) and all(p.isfinite().all() for p in flat(gs))
+            if i==9 and has_slow(opt): assert all(s[k].isfinite().all() for s in states(opt, gs) for k in opt.declared.anchored & set(s)) and all(p.isfinite().all() for p in flat(gs))
             give(gs, i)
             if spoil and i==7: gs[1][0].grad[1, 2, 1, 0] = bad
             opt.step()

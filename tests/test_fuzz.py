@@ -134,7 +134,7 @@ class Fuzz(RuleBasedStateMachine):
         self.info,self.n,self.model = infos[name],0,Model(infos[name])
         ours = alone(self.info.opt_func, self.info)
         self.as_torch = as_torch
-        self.each = all(f.shards=='any' for f,_ in getattr(ours, 'calls', ())) # does it treat each number by itself?
+        self.each = all(f.shards=='any' for f in ours.declared.leaves) # does it treat each number by itself?
         self.sharded = sharded and self.each and torch.__version__ >= (2, 6) # from which on a file may hold a `DTensor`
         g = torch.Generator().manual_seed(0)
         self.gs = [[self.parameter(torch.randn(s, generator=g, dtype=torch.float64)) for s in ss] for ss in shapes]

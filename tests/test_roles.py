@@ -187,7 +187,7 @@ def test_what_is_refused():
     for sgd in (torch.optim.SGD(model.parameters(), lr=.1), Accelerator(cpu=True).prepare(torch.optim.SGD(model.parameters(), lr=.1))):
         with pytest.raises(TypeError, match='`opt` must be an optimizer of fastai_ranger, got a SGD'): spare_ends(sgd, model)
     for bad in (['0.weight'], model, model[0].weight, list(model.named_parameters()), list(chain().parameters()), None, 3):
-        with pytest.raises(ValueError, match='`hidden` must return parameters of the model, or a dict of them, got'): spare_ends(opt, model, lambda m: bad)
+        with pytest.raises(ValueError, match='`do_muon` must return parameters of the model, or a dict of them, got'): spare_ends(opt, model, lambda m: bad)
     with pytest.raises(ValueError, match='`opt` has no parameter of `model`'): spare_ends(opt, chain())
     for bad in (5, '', [''], [model[0]], model[0]):
         with pytest.raises(ValueError, match='`ends` must be names of modules of the model'): hidden_weights(model, ends=bad)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fastai_ranger.all import *
 from fastai_ranger.steppers import *
-from helpers import equal, finish, fork, has_slow, inner, records, same
+from helpers import equal, finish, fork, has_slow, inner, records, same, whole
 from torch import nn
 
 infos = {o.name: o for o in records}
@@ -16,7 +16,7 @@ def make(name, ps, form):
     info = infos[name]
     return (as_torch(info.opt_func) if form=='as_torch' else info.opt_func)(ps, lr=info.lr)
 
-def state_of(opt, p): return {k: torch.as_tensor(v).clone() for k,v in opt.state.get(p, {}).items()}
+def state_of(opt, p): return {k: torch.as_tensor(v).clone() for k,v in whole(opt.state.get(p, {})).items()}
 
 def step(opt, ps):
     for p in ps: p.grad = torch.randn_like(p)

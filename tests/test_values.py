@@ -87,7 +87,7 @@ def settled(k, v):
     "What a `partial` settles, as a dict beside those of an optimizer"
     f = dict(lr=sgd_step, wd=weight_decay, k=lookahead_step, alpha=lookahead_step)[k]
     opt = MultiTensorOptimizer(ps(), [slow_weights, partial(f, **{k: v}), lookahead_step], lr=.01)
-    return types.SimpleNamespace(hypers=[opt.calls[1][1]])
+    return types.SimpleNamespace(hypers=[opt.declared.calls[1][1]])
 
 def ahead_of_torchs(k, v):
     opt = lookahead(torch.optim.SGD, **({k: v} if k in ('k', 'alpha') else {}))(ps(), lr=v if k=='lr' and not isinstance(v, torch.Tensor) else .01)

@@ -206,7 +206,7 @@ def test_spare_embeddings_without_a_learner():
 @pytest.mark.parametrize('part', parts, ids=str)
 def test_all_steppers_take_many_tensors(part):
     opt = switched(part)(params(), lr=.1)
-    assert all(f.scope != 'each' for f,_ in opt.calls)
+    assert all(f.scope != 'each' for f,_ in opt.declared.calls)
 
 def test_parts_are_hypers():
     ps = params()

@@ -94,7 +94,7 @@ def spare_embeddings(
 ):
     "Let gradient centralization leave the embeddings of `model` alone"
     engine = engine_of(opt)
-    if 'do_gc' not in engine.flags: raise ValueError(f"`opt` must be an optimizer that centralizes gradients, got {engine}")
+    if 'do_gc' not in engine.declared.flags: raise ValueError(f"`opt` must be an optimizer that centralizes gradients, got {engine}")
     engine.select_flag('do_gc', model, not_embeddings)
 
 # %% ../../nbs/contrib/variants.ipynb #8b2b290b

@@ -61,9 +61,9 @@ def local(
     return [o.to_local() if hasattr(o, 'to_local') else o for o in ts]
 
 def shard_like(
-    t, # A part of this process
+    t, # A part of this process, or a value that is no tensor
     p # A parameter, sharded or not
 ):
     "`t` as a `DTensor` sharded as `p` is; `t` itself if `p` is not sharded"
-    if not hasattr(p, 'to_local'): return t
+    if not hasattr(p, 'to_local') or not isinstance(t, Tensor): return t
     return type(p).from_local(t, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())

@@ -13,6 +13,7 @@ from .layout import *
 from .stepper import *
 from .kernels import *
 from .checkpoint import *
+from .bucket import *
 from .optimizer import *
 
 # %% ../../nbs/core/lookahead.ipynb #fd59d9ec
@@ -49,7 +50,7 @@ def lookahead_step(p, grad, slow, slow_step, k, alpha, **kwargs):
 @patch(as_prop=True)
 def has_slow_weights(self:MultiTensorOptimizer)->bool:
     "Does this optimizer keep slow weights?"
-    return 'slow' in self.starters
+    return 'slow' in self.declared.starters
 
 @patch
 def _with_slow_weights(self:MultiTensorOptimizer):
@@ -57,8 +58,8 @@ def _with_slow_weights(self:MultiTensorOptimizer):
     if not self.has_slow_weights: raise ValueError("this optimizer keeps no slow weights: a stepper such as `slow_weights` is missing")
     res = [(p, s, h) for p,_,s,h in self.all_params() if 'slow' in s and (p.requires_grad or not isinstance(p, Parameter))]
     names = {p: name for name,p in self.named_params()}
-    for p,s,_ in res: check_state(names[p], p, s, self.watched, self.how_to_drop)
-    self._start_state([(p, s) for p,s,_ in res])
+    for p,s,_ in res: check_state(names[p], p, s, self.declared.watched, self.how_to_drop)
+    self.declared.start([(p, s) for p,s,_ in res])
     return res
 
 @patch
@@ -81,7 +82,7 @@ def to_fast(self:MultiTensorOptimizer):
 @torch.no_grad()
 def sync(self:MultiTensorOptimizer):
     "Synchronise now, and begin a new cycle; after `to_slow`, the parameters stay as they are"
-    rows,calls = self._with_slow_weights(),[(f, settled) for f,settled in self.calls if f.syncs]
+    rows,calls = self._with_slow_weights(),[(f, settled) for f,settled in self.declared.calls if f.syncs]
     if not calls: raise ValueError("no stepper of this optimizer synchronises: declare the one that does with @stepper(..., syncs=True)")
     for p,s,h in rows:
         moved = 'fast' in s or not torch.equal(*local([p, s['slow']])) # as after another `k`, or clipping

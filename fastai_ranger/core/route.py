@@ -6,8 +6,6 @@
 __all__ = ['Route', 'route']
 
 # %% ../../nbs/core/route.ipynb #f24d986f
-from fastcore.all import merge
-from functools import partial
 from .stepper import *
 
 # %% ../../nbs/core/route.ipynb #8b1e69a4
@@ -22,33 +20,45 @@ class Route(Stepper):
         self.__name__ = f'route({name})'
         self.name = name
         self.role = role
-        self.branches = {True: [as_stepper(o) for o in yes], False: [as_stepper(o) for o in no]}
-        calls = self.branches[True] + self.branches[False]
-        fs = [f for f,_ in calls]
-        for f in fs:
-            if f.scope != 'alike': raise ValueError(f"a route needs steppers of scope 'alike', {f.__name__} has '{f.scope}'")
-        self.state = {name: role.by, **merge(*(f.state for f in fs))}
-        self.hypers = merge(*(f.hypers for f in fs))
-        self.options = {}
-        self.flags = {name: role, **merge(*(f.flags for f in fs))}
-        self.anchored = [k for f in fs for k in f.anchored]
+        self.given = yes,no
+        self.branches = {True: list(map(as_stepper, yes)), False: list(map(as_stepper, no))}
         self.scope = 'alike'
         self.dense = False # each stepper looks after its own layout
         self.shards = 'any'
         self.syncs = False
-        self.all_settled = [settled for f,own in calls for settled in (own, *f.all_settled)]
-        gets = {k for settled in self.all_settled for k in settled}
-        self.needs = {k for f in fs for k in f.needs} - gets - {name}
+        self.options = {}
+        self.state = {name: role.by}
+        self.flags = {name: role}
+        self.routes = [name]
+        self.hypers = {}
+        self.anchored = []
+        self.leaves = []
+        self.all_settled = []
+        self.needs = set()
+        for f,settled in self.branches[True] + self.branches[False]: self._add(f, settled)
 
-    @property
-    def leaves(self): return [leaf for calls in self.branches.values() for f,_ in calls for leaf in f.leaves]
+    leaves = None # instead of the property
+
+    def _add(self, f, settled):
+        if f.scope != 'alike': raise ValueError(f"a route needs steppers of scope 'alike', {f.__name__} has '{f.scope}'")
+        self.state.update(f.state)
+        self.flags.update(f.flags)
+        self.hypers.update(f.hypers)
+        self.routes += f.routes
+        self.anchored += f.anchored
+        self.leaves += f.leaves
+        self.all_settled += [settled, *f.all_settled]
+        self.needs |= f.needs - settled.keys() - {self.name}
+
+    def _branch(self, p, state):
+        "The steppers for `p`"
+        return self.branches[state[self.name] if self.name in state else self.start(self.name, p, state)]
 
     def start(self, k, p, state):
         "As for any stepper, for those that step `p`"
         if k==self.name: return bool(self.role.by(p)) if callable(self.role.by) else self.role.by
-        calls = self.branches[state[self.name] if self.name in state else self.start(self.name, p, state)]
-        owners = [f for f,_ in calls if k in f.state]
-        return owners[0].start(k, p, state) if owners else None
+        for f,_ in self._branch(p, state):
+            if k in f.state: return f.start(k, p, state)
 
     def run(self, p, grad, state, hypers=None, settled=None, same_layout=False):
         "As for any stepper"
@@ -58,9 +68,7 @@ class Route(Stepper):
 
     def f(self, p, grad, **values): return self.run(p, grad, values)
 
-    def __reduce__(self):
-        calls = {k: [partial(f, **settled) if settled else f for f,settled in o] for k,o in self.branches.items()}
-        return Route,(self.name, calls[True], calls[False], self.role)
+    def __reduce__(self): return Route,(self.name, *self.given, self.role)
 
 def route(
     name:str, # Name of the flag, such as `do_muon`

@@ -182,8 +182,11 @@ class Stepper:
     def defaults(self): # where fastai's `Optimizer` looks
         return {k: o.default for k,o in self.hypers.items() if o.default is not None}
 
-    leaves = property(lambda self: [self]) # a `route` has several
-    all_settled = () # keywords of `partial`s, in a `route`
+    routes = () # flags by which a `route` sends parameters
+    all_settled = () # keywords of `partial`s in a `route`
+
+    @property
+    def leaves(self): return [self] # a `route` has several
 
     def start(self,
         k, # Name of a state

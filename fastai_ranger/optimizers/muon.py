@@ -159,8 +159,8 @@ def spare_ends(
 ):
     "Give Muon the hidden weights of `model`, and leave the others to RAdam"
     engine = engine_of(opt)
-    if 'do_muon' not in engine.flags: raise ValueError(f"`opt` must be an optimizer that has Muon, got {engine}")
-    engine.select_flag('do_muon', model, hidden or engine.flags['do_muon'].select)
+    if 'do_muon' not in engine.declared.flags: raise ValueError(f"`opt` must be an optimizer that has Muon, got {engine}")
+    engine.select_flag('do_muon', model, hidden or engine.declared.flags['do_muon'].select)
 
 # %% ../../nbs/optimizers/muon.ipynb #4af84e49
 @named
