@@ -8,6 +8,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
+import fastai_ranger.fixes # callbacks wait for the first epoch that is not skipped
 from fastai_ranger import ranger
 from fastai_ranger.compare.data import cnn, digits_dls
 from helpers import finish, fork, same

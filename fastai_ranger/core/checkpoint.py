@@ -134,7 +134,7 @@ def fit_state(
 )->dict:
     "What `p` takes of `saved`: the state of each stepper as a whole, or nothing; `ValueError` if it does not fit"
     if not saved: return {} # never trained, and of a kind, perhaps, that cannot be
-    flags = {**flags, **{k: v for k,v in saved.items() if k in declared.flags}}
+    flags = {**flags, **{k: v for k,v in saved.items() if isinstance(v, bool)}}
     fresh = declared.fresh(p, flags)
     for k in declared.starters.keys() & saved.keys(): check_value(k, name, saved[k], fresh.get(k, p))
     own = {k: v for k,v in saved.items() if k not in declared.starters and k not in notes_of_01}

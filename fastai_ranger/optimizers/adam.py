@@ -77,16 +77,20 @@ def fused_radam_step(p, grad, lr, mom, sqr_mom, eps, step, grad_avg, sqr_avg,
 @named
 def RAdam(
     params, # Model parameters, or lists of them: one list for each parameter group
-    lr:float|slice, # Default learning rate, in [0, inf)
-    mom:float=.9, # Gradient moving average (β1) coefficient, in [0, 1)
-    sqr_mom:float=.99, # Gradient squared moving average (β2) coefficient, in [0, 1)
-    eps:float=1e-5, # Added to the denominator for numerical stability, in [0, inf)
-    wd:float=0., # Weight decay (true or L2), in [0, inf)
-    beta:float=0., # Sharpness of a softplus around the denominator (SAdam), in [0, inf); 0 for none
+    lr:float|slice, # Default learning rate
+    mom:float=.9, # Gradient moving average (β1) coefficient
+    sqr_mom:float=.99, # Gradient squared moving average (β2) coefficient
+    eps:float=1e-5, # Added to the denominator for numerical stability
+    wd:float=0., # Weight decay (true or L2)
+    beta:float=0., # Sharpness of a softplus around the denominator (SAdam); 0 for none
     decouple_wd:bool=True, # Apply true weight decay (RAdamW) or L2 regularization (RAdam)
     unrectified:str='momentum' # The first five updates: `momentum` makes them with SGD with momentum, `skip` leaves the weights alone
 )->MultiTensorOptimizer:
-    "RAdam on a fused kernel"
+    """RAdam on a fused kernel
+
+    Example: learn = Learner(dls, model, opt_func=RAdam)
+
+    Papers: RAdam, https://arxiv.org/abs/1908.03265; decoupled decay, https://arxiv.org/abs/1711.05101; `beta` (SAdam), https://arxiv.org/abs/1908.00700"""
     cbs = partial(fused_radam_step, decouple_wd=decouple_wd, unrectified=unrectified)
     return MultiTensorOptimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
 
@@ -94,13 +98,17 @@ def RAdam(
 @named
 def Adam(
     params, # Model parameters, or lists of them: one list for each parameter group
-    lr:float|slice, # Default learning rate, in [0, inf)
-    mom:float=.9, # Gradient moving average (β1) coefficient, in [0, 1)
-    sqr_mom:float=.99, # Gradient squared moving average (β2) coefficient, in [0, 1)
-    eps:float=1e-5, # Added to the denominator for numerical stability, in [0, inf)
-    wd:float=.01, # Weight decay (true or L2), in [0, inf)
+    lr:float|slice, # Default learning rate
+    mom:float=.9, # Gradient moving average (β1) coefficient
+    sqr_mom:float=.99, # Gradient squared moving average (β2) coefficient
+    eps:float=1e-5, # Added to the denominator for numerical stability
+    wd:float=.01, # Weight decay (true or L2)
     decouple_wd:bool=True # Apply true weight decay (AdamW) or L2 regularization (Adam)
 )->MultiTensorOptimizer:
-    "Adam on a fused kernel"
+    """Adam on a fused kernel
+
+    Example: learn = Learner(dls, model, opt_func=Adam)
+
+    Papers: Adam, https://arxiv.org/abs/1412.6980; decoupled decay, https://arxiv.org/abs/1711.05101"""
     cbs = partial(fused_radam_step, rectified=False, decouple_wd=decouple_wd)
     return MultiTensorOptimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)

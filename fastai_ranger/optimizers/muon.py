@@ -176,7 +176,11 @@ def muon(
     ns_steps:int=5, # Newton-Schulz iterations, a whole number from 1 on
     hidden:callable=None # A function of the model: the parameters that get Muon; `None` for `hidden_weights`
 )->MultiTensorOptimizer:
-    "Muon for hidden weights, RAdam for the rest"
+    """Muon for hidden weights, RAdam for the rest
+
+    Example: learn = Learner(dls, model, opt_func=muon)
+
+    Papers: Muon, https://kellerjordan.github.io/posts/muon; scale of the update, https://arxiv.org/abs/2502.16982; RAdam, https://arxiv.org/abs/1908.03265"""
     if hidden is not None and not callable(hidden):
         raise ValueError("`hidden` must be a function of the model, such as partial(hidden_weights, ends=['head']), "
                          f"got {hidden!r}")
@@ -194,7 +198,11 @@ def ranger_muon(
     alpha:float=lookahead_defaults['alpha'], # How far the slow weights follow
     **kwargs
 )->MultiTensorOptimizer:
-    "`muon` inside Lookahead"
+    """`muon` inside Lookahead
+
+    Example: learn = Learner(dls, model, opt_func=ranger_muon)
+
+    Papers: Muon, https://kellerjordan.github.io/posts/muon; scale of the update, https://arxiv.org/abs/2502.16982; RAdam, https://arxiv.org/abs/1908.03265; Lookahead, https://arxiv.org/abs/1907.08610"""
     return lookahead(muon, k=k, alpha=alpha)(params, lr=lr, **kwargs)
 
 RangerMuon = as_torch(ranger_muon)

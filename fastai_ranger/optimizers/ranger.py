@@ -26,7 +26,11 @@ def ranger(
     alpha:float=lookahead_defaults['alpha'], # How far the slow weights follow
     **kwargs
 )->MultiTensorOptimizer:
-    "Ranger: RAdam inside Lookahead"
+    """Ranger: RAdam inside Lookahead
+
+    Example: learn = Learner(dls, model, opt_func=ranger)
+
+    Papers: RAdam, https://arxiv.org/abs/1908.03265; Lookahead, https://arxiv.org/abs/1907.08610"""
     return lookahead(RAdam, k=k, alpha=alpha)(params, lr=lr, mom=mom, wd=wd, eps=eps, **kwargs)
 
 Ranger = as_torch(ranger)
