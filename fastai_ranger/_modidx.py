@@ -775,6 +775,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fastai_ranger/core/stepper.py'),
                                             'fastai_ranger.core.stepper.flag.check': ( 'core/stepper.html#flag.check',
                                                                                        'fastai_ranger/core/stepper.py'),
+                                            'fastai_ranger.core.stepper.flag.of': ( 'core/stepper.html#flag.of',
+                                                                                    'fastai_ranger/core/stepper.py'),
                                             'fastai_ranger.core.stepper.hyper': ( 'core/stepper.html#hyper',
                                                                                   'fastai_ranger/core/stepper.py'),
                                             'fastai_ranger.core.stepper.hyper.__init__': ( 'core/stepper.html#hyper.__init__',

@@ -28,7 +28,8 @@ def _check_shards(name, p, grad, fs):
     refuses = {'any': False, 'rows': rows_in_parts, 'none': in_parts}
     if bad := [f.__name__ for f in fs if refuses[f.shards]]:
         raise ValueError(f"cannot step {name}, shape {shape}, sharded as {placements}: {', '.join(bad)} must see whole "
-            "tensors or filters. Use an optimizer that treats each number by itself, such as `ranger`, or do not shard this one")
+            "tensors or filters. Use an optimizer that treats each number by itself, such as `ranger`, or do not shard "
+            "this one")
 
 def check_grad(
     name, # What to call the parameter in a message
@@ -39,10 +40,11 @@ def check_grad(
     "`ValueError` unless `fs` can step `p` with its gradient"
     shape = tuple(p.shape)
     if grad.shape != p.shape or grad.device != p.device: # after `p.data = ...`, say
-        raise ValueError(f"cannot step {name}: it has shape {shape} on {p.device}, its gradient {tuple(grad.shape)} on {grad.device}")
+        raise ValueError(f"cannot step {name}: it has shape {shape} on {p.device}, "
+            f"its gradient {tuple(grad.shape)} on {grad.device}")
     if grad.layout is not torch.strided or grad.dtype is not p.dtype or p.dtype not in _float_dtypes:
-        raise ValueError(f"cannot step {name}, shape {shape}: its dtype is {p.dtype}, its gradient's {grad.dtype} ({grad.layout}); "
-            "both must be dense and of one dtype: float16, bfloat16, float32 or float64")
+        raise ValueError(f"cannot step {name}, shape {shape}: its dtype is {p.dtype}, its gradient's {grad.dtype} "
+            f"({grad.layout}); both must be dense and of one dtype: float16, bfloat16, float32 or float64")
     if 0 in p.stride() and any(stride==0 and n > 1 for stride,n in zip(p.stride(), p.shape)):
         raise ValueError(f"cannot step {name}, shape {shape}: several of its numbers are one place in memory, as after "
             "`expand`. Give the optimizer the tensor that was expanded")
@@ -93,8 +95,8 @@ def check_state(
         if isinstance(like, Tensor):
             if like.shape != shape or not like.is_floating_point(): continue # a stepper's own affair
             if isinstance(v, Tensor) and v.shape != shape:
-                raise ValueError(f"cannot step {name}: it has shape {tuple(shape)}, its state `{k}` {tuple(v.shape)} in place of "
-                    f"{tuple(shape)}. Make a new optimizer, or drop the state of this parameter `p` with {drop}")
+                raise ValueError(f"cannot step {name}: it has shape {tuple(shape)}, its state `{k}` {tuple(v.shape)} "
+                    f"in place of {tuple(shape)}. Make a new optimizer, or drop the state of this parameter `p` with {drop}")
         elif not isinstance(f.state[k], int): continue
         check_value(k, name, v, like, 'its state')
 
@@ -134,20 +136,19 @@ def fit_state(
 )->dict:
     "What `p` takes of `saved`: the state of each stepper as a whole, or nothing; `ValueError` if it does not fit"
     if not saved: return {} # never trained, and of a kind, perhaps, that cannot be
-    flags = {**flags, **{k: v for k,v in saved.items() if isinstance(v, bool)}}
-    fresh = declared.fresh(p, flags)
+    saved_flags = {k: v for k,v in saved.items() if isinstance(v, bool)}
+    fresh = declared.fresh(p, {**flags, **saved_flags})
     for k in declared.starters.keys() & saved.keys(): check_value(k, name, saved[k], fresh.get(k, p))
-    own = {k: v for k,v in saved.items() if k not in declared.starters and k not in notes_of_01}
-    own.update({k: v for k,v in saved.items() if k in declared.flags})
-    there = saved.keys() - (declared.anchored if saved.get('replaced') else set()) # dropped by version 0.1
+    taken = saved.keys() - declared.starters.keys() - notes_of_01 | saved.keys() & declared.flags.keys()
+    there = saved.keys()
+    if saved.get('replaced'): there = there - declared.anchored # dropped by version 0.1
+    if 'step' in fresh and 'step' not in there: there = set() # averages mean nothing without their count
     for f in declared.leaves:
         for part in set(f.state)-set(f.anchored), set(f.anchored):
             if not part & fresh.keys() <= there: continue # not whole: it starts anew
-            for k in part & there:
-                if k in fresh or f.state[k] is None: own[k] = saved[k]
-    if 'step' in fresh and 'step' not in own: # averages mean nothing without their count
-        own = {k: v for k,v in own.items() if k not in declared.starters}
-    return {k: copied(v, p, fresh.get(k)) for k,v in own.items()}
+            optional = {k for k in part if f.state[k] is None}
+            taken = taken | part & there & (fresh.keys() | optional)
+    return {k: copied(saved[k], p, fresh.get(k)) for k in saved if k in taken}
 
 # %% ../../nbs/core/checkpoint.ipynb #74d20123
 def plain_hypers(

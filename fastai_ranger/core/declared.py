@@ -31,7 +31,8 @@ class Declared:
         self.settled = {} # options that a `partial` gives
         self.guests = [f for f in self.fs if f.is_guest] # which hold an optimizer of PyTorch
         for f,settled in self.calls: self._add(f, settled)
-        self.phases = [(scope, list(calls)) for scope,calls in groupby(self.calls, _scope)] # steppers of one scope in a row
+        self.phases = [] # steppers of one scope that follow each other
+        for scope,calls in groupby(self.calls, _scope): self.phases.append((scope, list(calls)))
         self.watched = self._to_watch()
 
     def _add(self, f, settled):

@@ -30,7 +30,8 @@ def slow_weights(p, grad, slow_step,
 # %% ../../nbs/core/lookahead.ipynb #11151d89
 def _synchronise(p, slow, alpha):
     "Move `slow` `alpha` of the way to `p` and `p` there, which is all the way back where `p` is not finite"
-    if p[0].is_cuda and strides(p)==strides(slow) and [o.shape for o in p]==[o.shape for o in slow]:
+    lie_alike = strides(p)==strides(slow) and list(map(torch.Tensor.size, p))==list(map(torch.Tensor.size, slow))
+    if p[0].is_cuda and lie_alike:
         follow(p, slow, alpha)
         torch._foreach_copy_(p, slow)
     else:
@@ -55,11 +56,15 @@ def has_slow_weights(self:MultiTensorOptimizer)->bool:
 @patch
 def _with_slow_weights(self:MultiTensorOptimizer):
     "Parameter, state and hypers, for each that has slow weights and is not frozen"
-    if not self.has_slow_weights: raise ValueError("this optimizer keeps no slow weights: a stepper such as `slow_weights` is missing")
-    res = [(p, s, h) for p,_,s,h in self.all_params() if 'slow' in s and (p.requires_grad or not isinstance(p, Parameter))]
-    names = {p: name for name,p in self.named_params()}
-    for p,s,_ in res: check_state(names[p], p, s, self.declared.watched, self.how_to_drop)
-    self.declared.start([(p, s) for p,s,_ in res])
+    if not self.has_slow_weights:
+        raise ValueError("this optimizer keeps no slow weights: a stepper such as `slow_weights` is missing")
+    res = []
+    for (name,p),(_,_,state,hypers) in zip(self.named_params(), self.all_params()):
+        is_frozen = isinstance(p, Parameter) and not p.requires_grad
+        if is_frozen or 'slow' not in state: continue
+        check_state(name, p, state, self.declared.watched, self.how_to_drop)
+        res.append((p, state, hypers))
+    self.declared.start([(p, state) for p,state,_ in res])
     return res
 
 @patch
@@ -82,15 +87,21 @@ def to_fast(self:MultiTensorOptimizer):
 @torch.no_grad()
 def sync(self:MultiTensorOptimizer):
     "Synchronise now, and begin a new cycle; after `to_slow`, the parameters stay as they are"
-    rows,calls = self._with_slow_weights(),[(f, settled) for f,settled in self.declared.calls if f.syncs]
-    if not calls: raise ValueError("no stepper of this optimizer synchronises: declare the one that does with @stepper(..., syncs=True)")
-    for p,s,h in rows:
-        moved = 'fast' in s or not torch.equal(*local([p, s['slow']])) # as after another `k`, or clipping
-        own = [{**settled, **h} for _,settled in calls]
-        due = [moved or s['slow_step']%o['k'] for o in own]
-        s['slow_step'] = 0 # of which any `k` is a divisor
-        for (f,_),o,now in zip(calls, own, due):
-            values = {k: local([v]) if isinstance(v, torch.Tensor) else v for k,v in s.items()}
-            res = f.f(local([p]), [p.grad], **{**values, **o}) if now else None
-            store([s], {k: v for k,v in (res or {}).items() if k != 'grad'})
-        s.pop('fast', None)
+    rows = self._with_slow_weights()
+    calls = [(f, settled) for f,settled in self.declared.calls if f.syncs]
+    if not calls:
+        raise ValueError("no stepper of this optimizer synchronises: declare the one that does with @stepper(..., syncs=True)")
+    for p,state,hypers in rows:
+        moved = 'fast' in state or not torch.equal(*local([p, state['slow']])) # as after another `k`, or clipping
+        count = state['slow_step']
+        state['slow_step'] = 0 # of which any `k` is a divisor
+        for f,settled in calls:
+            own = {**settled, **hypers}
+            if not moved and count%own['k']==0: continue # it has just synchronised
+            values = dict(state)
+            for k,v in state.items():
+                if isinstance(v, torch.Tensor): values[k] = local([v])
+            res = f.f(local([p]), [p.grad], **{**values, **own}) or {}
+            res.pop('grad', None)
+            store([state], res)
+        state.pop('fast', None)

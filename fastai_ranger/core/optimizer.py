@@ -151,10 +151,7 @@ class MultiTensorOptimizer(Optimizer):
     )->bool:
         "Has `p` the flag?"
         state = self.state.get(p, {})
-        if name in state: return state[name]
-        by = self.declared.flags[name].by
-        if not callable(by): return by
-        return not is_lazy(p) and bool(by(p))
+        return state[name] if name in state else self.declared.flags[name].of(p)
 
     def params_with(self,
         name # Of a flag
@@ -183,13 +180,13 @@ class MultiTensorOptimizer(Optimizer):
         model:nn.Module, # The model
         select # A function of the model: the parameters that have the flag, or a dict of them
     ):
-        "Give a flag to the parameters of `model` that `select` returns, and to no others of it; `ValueError` if that cannot be"
+        "Give a flag to the parameters that `select` returns, and to no others of `model`; `ValueError` if that cannot be"
         found = select(model)
         if isinstance(found, dict): found = found.values()
         names = {p: k for k,p in model.named_parameters()}
         if not isinstance(found, Iterable) or not all(isinstance(p, Parameter) and p in names for p in found):
-            raise ValueError(f"the function that selects `{name}` must return parameters of the model, or a dict of them, "
-                             f"got {found!r}")
+            raise ValueError(f"the function that selects `{name}` must return parameters of the model, or a dict of "
+                             f"them, got {found!r}")
         found = set(found)
         mine = [p for p in self._params if p in names]
         if not mine: raise ValueError("`opt` has no parameter of `model`")
@@ -208,7 +205,7 @@ class MultiTensorOptimizer(Optimizer):
     # Buckets
 
     def buckets(self)->list: # `Bucket`s, in the order of their first parameters
-        "The parameters that have a gradient, in buckets: those of the last step, as long as nothing they depend on changes"
+        "The parameters that have a gradient, in buckets: those of the last step, while nothing they depend on changes"
         return self._take_buckets(*self._with_grad())
 
     def _with_grad(self):
@@ -233,7 +230,7 @@ class MultiTensorOptimizer(Optimizer):
         return buckets
 
     def _fingerprint(self, ps, grads, flat):
-        "What the buckets depend on, besides state: which groups have equal hypers, and how parameters and gradients lie in memory"
+        "What buckets depend on, besides state: the groups of equal hypers, and how parameters and gradients lie in memory"
         here = local(ps)
         if here is not ps: grads = local(grads)
         groups = list(zip(self._equal_groups(), map(len, self.param_lists)))
@@ -259,7 +256,8 @@ class MultiTensorOptimizer(Optimizer):
         for i,pg in zip(self._equal_groups(), self.param_lists): groups += [i for p in pg if p in grad_of]
         return self._divide(ps, grads, groups)
 
-    def _check_state(self, name, p): check_state(name, p, self.state.get(p, {}), self.declared.watched, self.how_to_drop)
+    def _check_state(self, name, p):
+        check_state(name, p, self.state.get(p, {}), self.declared.watched, self.how_to_drop)
 
     def _divide(self, ps, grads, groups):
         "Buckets of `ps`, which have the hypers of `groups`"
@@ -287,7 +285,8 @@ class MultiTensorOptimizer(Optimizer):
         closure=None # Function that makes the gradients, and returns the loss
     ): # What `closure` returned
         "Update every parameter that has a gradient"
-        if torch.compiler.is_compiling(): return torch.compiler.disable(self.step)(closure) # kept lists cannot be part of a graph
+        if torch.compiler.is_compiling(): # the lists that are kept cannot be part of a graph
+            return torch.compiler.disable(self.step)(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
@@ -314,7 +313,8 @@ class MultiTensorOptimizer(Optimizer):
         "Parameter, gradient, state and hypers of each of `ps`"
         grad_of = {**dict(zip(ps, grads)), **changed}
         res = []
-        for pg,h in zip(self.param_lists, self.hypers): res += [(p, grad_of[p], self.state[p], h) for p in pg if p in grad_of]
+        for pg,h in zip(self.param_lists, self.hypers):
+            res += [(p, grad_of[p], self.state[p], h) for p in pg if p in grad_of]
         return res
 
     def _run_all(self, calls, ps, grads, changed, closure):
@@ -350,7 +350,7 @@ class MultiTensorOptimizer(Optimizer):
             elif p.grad is not None: p.grad.detach_().zero_()
 
     def freeze_to(self, n:int):
-        "Freeze the first `n` groups (all but the last `-n`, if it is negative), but for what is always to be trained (`force_train`)"
+        "Freeze the first `n` groups (if negative, all but the last `-n`), except parameters with `force_train`"
         super().freeze_to(n)
         for p in self._params:
             if not p.requires_grad: p.grad = None
@@ -383,7 +383,7 @@ class MultiTensorOptimizer(Optimizer):
     def before_load(self,
         params # Parameters that are about to be loaded; what is not in this optimizer does not matter
     ):
-        "Keep, for `after_load`, the weights of `params` and their state, unless other weights were loaded since the last step"
+        "Keep weights and state of `params` for `after_load`, unless other weights were loaded since the last step"
         for p in params:
             state = self.state.get(p, {})
             known = self._before.get(p)
@@ -395,7 +395,7 @@ class MultiTensorOptimizer(Optimizer):
     def after_load(self,
         params # Parameters that may have been loaded
     ):
-        "Begin anew with those of `params` that were given other weights; go on with those that have theirs, or have them back"
+        "Begin anew with those of `params` that were given other weights; go on with those that have theirs, or again"
         for p in params:
             known = self._before.get(p)
             if known is None: # nothing to drop, or loaded without `before_load`
@@ -427,7 +427,7 @@ class MultiTensorOptimizer(Optimizer):
     def _was_trained(self, state): return bool(set(state) - set(self._keep_on_clear))
 
     def load_state_dict(self, sd:dict):
-        "Take over hypers and state from a copy of `sd`, of any optimizer of fastai; `ValueError`, and nothing is changed, if it does not fit"
+        "Take over hypers and state from a copy of `sd`, of any optimizer of fastai; `ValueError` before anything is changed"
         try:
             for f in self.declared.guests: sd = f.unpack(self, sd)
             hypers,states,lacks = self.check_state_dict(sd)
@@ -479,7 +479,8 @@ class MultiTensorOptimizer(Optimizer):
         for name in self.declared.routes:
             routed = self.params_with(name)
             share = sum(p.numel() for p in routed)/max(total, 1)
-            if routed: facts.append(f"{name.removeprefix('do_').capitalize()} for {len(routed)} of them, {share:.0%} of the numbers")
+            title = name.removeprefix('do_').capitalize()
+            if routed: facts.append(f"{title} for {len(routed)} of them, {share:.0%} of the numbers")
         frozen = [p for p in ps if isinstance(p, Parameter) and not p.requires_grad]
         if frozen: facts.append(f'{len(frozen)} frozen')
         steps = [s['step'] for s in self.state.values() if 'step' in s]

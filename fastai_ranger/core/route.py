@@ -40,7 +40,8 @@ class Route(Stepper):
     leaves = None # instead of the property
 
     def _add(self, f, settled):
-        if f.scope != 'alike': raise ValueError(f"a route needs steppers of scope 'alike', {f.__name__} has '{f.scope}'")
+        if f.scope != 'alike':
+            raise ValueError(f"a route needs steppers of scope 'alike', {f.__name__} has '{f.scope}'")
         self.state.update(f.state)
         self.flags.update(f.flags)
         self.hypers.update(f.hypers)
@@ -52,11 +53,11 @@ class Route(Stepper):
 
     def _branch(self, p, state):
         "The steppers for `p`"
-        return self.branches[state[self.name] if self.name in state else self.start(self.name, p, state)]
+        return self.branches[state[self.name] if self.name in state else self.role.of(p)]
 
     def start(self, k, p, state):
         "As for any stepper, for those that step `p`"
-        if k==self.name: return bool(self.role.by(p)) if callable(self.role.by) else self.role.by
+        if k==self.name: return self.role.of(p)
         for f,_ in self._branch(p, state):
             if k in f.state: return f.start(k, p, state)
 

@@ -79,7 +79,8 @@ def check_name(
     "`ValueError` unless `name` is among `known`"
     if name in known: return
     near = get_close_matches(name, known, 1)
-    raise ValueError(f"there is no hyper `{name}`: " + (f"did you mean `{near[0]}`?" if near else f"known are {', '.join(sorted(known))}"))
+    if near: raise ValueError(f"there is no hyper `{name}`: did you mean `{near[0]}`?")
+    raise ValueError(f"there is no hyper `{name}`: known are {', '.join(sorted(known))}")
 
 # %% ../../nbs/core/stepper.ipynb #1130ffa7
 class flag:
@@ -95,6 +96,13 @@ class flag:
         self.allowed = allowed
         self.why = why
 
+    def of(self,
+        p # A parameter
+    )->bool:
+        "Has `p` this role, if its state does not say?"
+        if not callable(self.by): return self.by
+        return not is_lazy(p) and bool(self.by(p))
+
     def check(self,
         what, # The parameter, for the message
         p # A parameter
@@ -109,11 +117,12 @@ def check_alike(
     p, # Parameters
     lists # By name, what the stepper is to get with them; only lists of tensors count
 ):
-    "`ValueError` unless the tensors of `lists` are as those of `p` in shape, dtype and device, or as the stepper declares them"
+    "`ValueError` unless the tensors of `lists` have the shape, dtype and device of `p`, or those that the stepper declares"
     def kind(t): return t.shape,t.dtype,t.device
     for name,ts in lists.items():
         if not isinstance(ts, (list,tuple)) or not any(isinstance(t, Tensor) for t in ts): continue
-        if len(ts) != len(p): raise ValueError(f"{f.__name__} got {len(ts)} tensors as `{name}` for {len(p)} parameters")
+        if len(ts) != len(p):
+            raise ValueError(f"{f.__name__} got {len(ts)} tensors as `{name}` for {len(p)} parameters")
         for t,o in zip(ts, p):
             if not isinstance(t, Tensor) or kind(t)==kind(o): continue
             like = f.start(name, o, {}) if name in f.state else o
@@ -143,7 +152,8 @@ def _check_declaration(f, args):
                         f"{f.__name__} is one of {', '.join(args)}")
     hyper(among=('alike', 'all', 'each')).check('scope', f.scope)
     hyper(among=('any', 'rows', 'none')).check('shards', f.shards)
-    if f.dense and f.scope != 'alike': raise ValueError(f"`dense` is for the scope 'alike', {f.__name__} has '{f.scope}'")
+    if f.dense and f.scope != 'alike':
+        raise ValueError(f"`dense` is for the scope 'alike', {f.__name__} has '{f.scope}'")
     for what,declared,kind in ('hypers', f.hypers, hyper), ('options', f.options, hyper), ('flags', f.flags, flag):
         for k,o in declared.items():
             if not isinstance(o, kind):
@@ -159,7 +169,8 @@ class Stepper:
     is_guest = False # Does it hold an optimizer of PyTorch?
     def __init__(self,
         f, # A function of `p`, `grad`, what it needs, and `**kwargs`
-        state=None, hypers=None, options=None, flags=None, anchored=(), scope='alike', dense=False, shards='any', syncs=False
+        state=None, hypers=None, options=None, flags=None, anchored=(), scope='alike', dense=False, shards='any',
+        syncs=False
     ):
         update_wrapper(self, f)
         if not hasattr(f, '__name__'): self.__name__ = repr(f)
@@ -167,15 +178,17 @@ class Stepper:
         self.f = f
         self.state = state or {}
         self.hypers = hypers or {}
-        self.options = {k: switch for k,o in args.items() if isinstance(o.default, bool)} | (options or {})
+        self.options = dict(options or {})
         self.flags = {flags: flag()} if isinstance(flags, str) else flags or {}
         self.anchored = [anchored] if isinstance(anchored, str) else list(anchored)
         self.scope = scope
         self.dense = dense
         self.shards = 'none' if scope=='all' else shards
         self.syncs = syncs
-        needed = {k for k,o in args.items() if o.default is o.empty and o.kind is o.POSITIONAL_OR_KEYWORD}
-        self.needs = needed - {'p', 'grad'}
+        self.needs = set()
+        for k,o in list(args.items())[2:]:
+            if o.default is o.empty and o.kind is o.POSITIONAL_OR_KEYWORD: self.needs.add(k)
+            if isinstance(o.default, bool): self.options.setdefault(k, switch)
         _check_declaration(self, args)
 
     @property
@@ -217,21 +230,25 @@ class Stepper:
         closure=None # What `step` was given
     )->dict: # As `run`
         "Update all parameters at once: for the scope `all`"
-        each = [{**state, **settled, **hypers} for *_,state,hypers in rows]
-        lists = {k: [o.get(k) for o in each] for k in merge(*each)}
-        return self.f([o[0] for o in rows], [o[1] for o in rows], **lists)
+        ps,grads,states,hypers = zip(*rows)
+        each = [{**state, **settled, **h} for state,h in zip(states, hypers)]
+        lists = {}
+        for k in merge(*each): lists[k] = [o.get(k) for o in each]
+        return self.f(list(ps), list(grads), **lists)
 
     @torch.no_grad()
     def __call__(self, p, grad=None, **kwargs):
-        "Update a list, or a single tensor as fastai's `Optimizer` asks for: with its gradient in `p.grad`; its new state is returned"
-        if isinstance(p, list): return _call_dense(self, p, grad, kwargs, kwargs) if self.dense else self.f(p, grad, **kwargs)
+        "Update a list `p`, or a single tensor in the way of fastai's `Optimizer`: its gradient is `p.grad`; it returns new state"
+        if isinstance(p, list):
+            if self.dense: return _call_dense(self, p, grad, kwargs, kwargs)
+            return self.f(p, grad, **kwargs)
         new = start_state(self, p, kwargs)
-        values = {}
-        for k,v in {**new, **kwargs}.items(): values[k] = [v] if self.scope=='all' or isinstance(v, Tensor) else v
-        res = self.run([p], [p.grad], values) or {}
-        res = {k: v[0] if isinstance(v, (list,tuple)) else v for k,v in res.items()}
-        if 'grad' in res: p.grad = res.pop('grad')
-        return {**new, **res}
+        values = {**new, **kwargs}
+        for k,v in values.items():
+            if self.scope=='all' or isinstance(v, Tensor): values[k] = [v]
+        for k,v in (self.run([p], [p.grad], values) or {}).items(): new[k] = v[0] if isinstance(v, (list,tuple)) else v
+        if 'grad' in new: p.grad = new.pop('grad')
+        return new
 
     def __repr__(self):
         parts = [self.__name__]
@@ -277,13 +294,17 @@ def as_stepper(
     cb # A `Stepper`, a function of one tensor as fastai's steppers are, or a `partial` of one of these
 )->tuple: # The `Stepper`, and the keywords of a `partial`
     "`cb` as the optimizer calls it; `ValueError` if a keyword is not in its range"
-    f,settled = (cb.func,cb.keywords) if isinstance(cb, partial) else (cb,{})
+    f = cb.func if isinstance(cb, partial) else cb
     if not callable(f): raise TypeError(f"a stepper must be a function, got {f!r}")
     if not isinstance(f, Stepper):
         hypers = {k: hyper(v) for k,v in getattr(f, 'defaults', {}).items()}
         f = Stepper(f, hypers=hypers, scope='each')
-    ranges = {**f.options, **common, **f.hypers} if f.scope != 'each' else {**common, **f.hypers}
-    return f,{k: ranges[k].check(k, v) if k in ranges else v for k,v in settled.items()}
+        f.options = {} # fastai's steppers take what they like
+    ranges = {**f.options, **common, **f.hypers}
+    settled = dict(cb.keywords) if isinstance(cb, partial) else {}
+    for k,v in settled.items():
+        if k in ranges: settled[k] = ranges[k].check(k, v)
+    return f,settled
 
 def run_steppers(
     calls, # Steppers, each with the keywords of a `partial`
