@@ -6,8 +6,9 @@
 __all__ = ['TorchStep', 'from_torch', 'to_fastai', 'to_torch', 'TorchOptimizer', 'as_torch', 'engine_of']
 
 # %% ../nbs/interop.ipynb #3d8aa92b
-import copy,copyreg,sys,torch
+import copy,copyreg,re,sys,torch
 from collections import defaultdict
+from collections.abc import Sequence
 from difflib import get_close_matches
 from fastai.optimizer import OptimWrapper,detuplify_pg
 from fastcore.all import L
@@ -15,6 +16,7 @@ from functools import partial
 from inspect import Parameter,Signature,signature
 from itertools import chain
 from torch import Tensor
+from typing import Callable
 from warnings import warn
 from .core.stepper import *
 from .core.checkpoint import *
@@ -209,7 +211,7 @@ def to_fastai(
     res = {}
     for k,v in group.items():
         if k=='betas':
-            if not isinstance(v, (tuple, list)) or len(v) != 2: raise ValueError(f"`betas` must be a pair of numbers, got {v!r}")
+            if not isinstance(v, Sequence) or len(v) != 2: raise ValueError(f"`betas` must be a pair of numbers, got {v!r}")
             res.update(mom=v[0], sqr_mom=v[1])
         elif k in _fastai_names: res[_fastai_names[k]] = v
     return {**res, **{k: v for k,v in group.items() if k not in ('params', 'betas', *_fastai_names)}}
@@ -237,7 +239,9 @@ class _ByName(type):
     "Metaclass of `TorchOptimizer`: its classes can be pickled, those of `as_torch` too"
 
 def _reduce_class(cls):
-    if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is cls: return cls.__qualname__
+    "By its name; a class that `as_torch` has made, and that no module has, by that call"
+    is_found = getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is cls
+    if is_found or 'opt_func' not in vars(cls): return cls.__qualname__
     return as_torch,(cls.opt_func,)
 
 copyreg.pickle(_ByName, _reduce_class)
@@ -415,19 +419,48 @@ class TorchOptimizer(torch.optim.Optimizer, metaclass=_ByName):
         return repr(self.inner)
     def __getstate__(self): return {**super().__getstate__(), 'inner': self.inner}
 
-def _class_name(opt_func):
-    "`RangerMuon` for `ranger_muon`"
-    name = getattr(opt_func, '__name__', 'torch_optimizer')
-    return ''.join(o[:1].upper()+o[1:] for o in name.split('_'))
+_first = 'betas','momentum','eps','weight_decay' # of a signature, as in those of PyTorch
 
-def _parameters_of(opt_func):
+def _annotation(default, given):
+    "What a command line reads: the type of the parameter that has this `default`"
+    if given is callable: return Callable
+    if default is None: return given
+    return tuple[float, float] if isinstance(default, tuple) else type(default)
+
+def _signature_of(opt_func):
     "The parameters of `opt_func` by PyTorch's names, those after `lr` by keyword alone"
-    defaults = {k: o.default for k,o in signature(opt_func).parameters.items() if o.default is not o.empty}
-    head = [Parameter('self', Parameter.POSITIONAL_OR_KEYWORD), Parameter('params', Parameter.POSITIONAL_OR_KEYWORD),
-            Parameter('lr', Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=float)]
-    for k,v in to_torch(defaults).items():
-        if k != 'lr' and k.isidentifier(): head.append(Parameter(k, Parameter.KEYWORD_ONLY, default=v, annotation=type(v)))
-    return Signature(head)
+    own = signature(opt_func).parameters
+    defaults = {}
+    for k,o in own.items():
+        if k=='lr' or o.default is o.empty or callable(o.default): continue # no command line can write a function down
+        defaults[k] = o.default
+    values = to_torch(defaults)
+    res = [Parameter('self', Parameter.POSITIONAL_OR_KEYWORD), Parameter('params', Parameter.POSITIONAL_OR_KEYWORD),
+           Parameter('lr', Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=float)]
+    first = [k for k in _first if k in values]
+    for k in dict.fromkeys([*first, *values]):
+        given = own[k].annotation if k in own else Parameter.empty
+        res.append(Parameter(k, Parameter.KEYWORD_ONLY, default=values[k], annotation=_annotation(values[k], given)))
+    if any(o.kind is o.VAR_KEYWORD for o in own.values()): res.append(Parameter('hypers', Parameter.VAR_KEYWORD))
+    return Signature(res)
+
+def _doc_of(f, name, params):
+    "The docstring of the class `name`, from that of the function `f`, with PyTorch's names"
+    doc = f.__doc__ or 'An optimizer of fastai_ranger'
+    said = to_torch(dict(re.findall(r'^    (\w+): (.+)$', doc, re.M)))
+    said['params'] = 'Parameters, or dicts with `params` and the hypers of a group'
+    lines = []
+    for k in params:
+        text = said.get(k)
+        if isinstance(text, tuple): text = '; '.join(text)
+        if text: lines.append(f"    {k}: {text}")
+    return '\n\n'.join([f"{doc.splitlines()[0]}, as an optimizer of PyTorch", 'Parameters:\n' + '\n'.join(lines),
+                        f"Example:\n    >>> opt = {name}(model.parameters(), lr=.01)"])
+
+def _class_name(f):
+    "`RangerMuon` for `ranger_muon`"
+    name = getattr(f, '__name__', 'torch_optimizer')
+    return ''.join(o[:1].upper()+o[1:] for o in name.split('_'))
 
 def as_torch(
     opt_func # `ranger` or any other of this package
@@ -435,12 +468,25 @@ def as_torch(
     "The optimizers that `opt_func` makes, as a class of PyTorch's"
     if isinstance(opt_func, type) and issubclass(opt_func, TorchOptimizer): return opt_func
     if not callable(opt_func): raise TypeError(f"`opt_func` must be a function that makes an optimizer, got {opt_func!r}")
-    def __init__(self, params, lr=None, **hypers): TorchOptimizer.__init__(self, params, lr, **hypers)
-    if not isinstance(opt_func, partial): __init__.__signature__ = _parameters_of(opt_func)
-    about = (opt_func.__doc__ or '').split('\n')[0] if not isinstance(opt_func, partial) else 'An optimizer of fastai_ranger'
-    space = dict(opt_func=staticmethod(opt_func), __init__=__init__, __doc__=f"{about}, as an optimizer of PyTorch",
-                 __module__=getattr(opt_func, '__module__', __name__))
-    return _ByName(_class_name(opt_func), (TorchOptimizer,), space)
+    is_partial = isinstance(opt_func, partial)
+    f = opt_func.func if is_partial else opt_func
+    name = _class_name(f)
+    module = __name__ if is_partial else getattr(f, '__module__', __name__)
+    made = getattr(sys.modules.get(module), name, None)
+    if getattr(made, 'opt_func', None) is opt_func: return made
+
+    def __init__(self, params, lr=None, **hypers):
+        if not takes_more:
+            for k in to_fastai(hypers): check_name(k, known)
+        TorchOptimizer.__init__(self, params, lr, **hypers)
+
+    if not is_partial or 'opt_func' not in opt_func.keywords: # those of `around` take what the optimizer in them takes
+        __init__.__signature__ = _signature_of(opt_func)
+    shown = signature(__init__).parameters
+    takes_more = 'hypers' in shown
+    known = {*shown, *signature(opt_func).parameters}
+    space = dict(opt_func=staticmethod(opt_func), __init__=__init__, __doc__=_doc_of(f, name, shown), __module__=module)
+    return _ByName(name, (TorchOptimizer,), space)
 
 def engine_of(
     opt # A `MultiTensorOptimizer`, one as `as_torch` makes it, or one that Accelerate has prepared

@@ -36,7 +36,7 @@ def make_opt(
     if 'lr' in kwargs:
         lr = common['lr'].check('lr', kwargs['lr'])
         if not isinstance(kwargs['lr'], Tensor): kwargs['lr'] = lr # a tensor stays one, which `capturable` asks for
-    return OptimWrapper(params, opt_func, **kwargs)
+    return OptimWrapper(params, opt_func, **to_torch(kwargs))
 
 def name_of(
     opt_func # As for `make_opt`, or an optimizer
