@@ -16,7 +16,8 @@ from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults,_default_exp,add_links,clean_show_doc,exec_show_docs,insert_warning,rm_export
 from sphinx.cmd.build import build_main
 
-from fastai_ranger.core.stepper import Stepper,stepper,unless
+from fastai_ranger.core.optimizer import ranges_of
+from fastai_ranger.core.stepper import Stepper,stepper,switch
 
 docs = Path(__file__).parent
 root,nbs,pkg = docs.parent,docs.parent/'nbs','fastai_ranger'
@@ -66,8 +67,11 @@ def shared():
 
 def start(v):
     "How a state starts, in words"
-    if isinstance(v, unless): return f'{start(v.start)} unless `{v.flag}`'
     return 'when a stepper returns it' if v is None else f'as `{getattr(v, "__name__", v)}`'
+
+def in_range(h):
+    "The range of the hyper or option `h`, as a table shows it"
+    return str(h).removeprefix('a number in ').removeprefix('a ').removeprefix('one of ')
 
 def declared(o):
     "The table of the stepper `o`: its arguments, and what it declares"
@@ -79,7 +83,9 @@ def declared(o):
         what,at = shared().get(k, ('', ''))
         default = params[k].default if k in params else empty
         kind = '' if default is empty else 'option'
-        if h := o.hypers.get(k): kind,at,default = 'hyper',str(h).removeprefix('a number in '),default if h.default is None else h.default
+        if k in o.flags: kind = 'flag'
+        if h := o.hypers.get(k) or k not in o.flags and o.options.get(k): at = in_range(h)
+        if h := o.hypers.get(k): kind,default = 'hyper',default if h.default is None else h.default
         if k in o.state: kind,at,default = 'anchored '*(k in o.anchored)+'state',f'starts {start(o.state[k])}',empty
         res.append(f'| {k} | {kind} | {"" if default is empty else f"`{shown(default)}`"} | {at} | {own.get(k) or what} |')
     said = ', '.join(f'`{k}={getattr(o, k)!r}`' for k in ('scope', 'dense', 'shards'))
@@ -88,6 +94,8 @@ def declared(o):
 def table(o):
     "The table of parameters of `o`"
     if isinstance(o, Stepper): return declared(o)
+    params = inspect.signature(o).parameters if callable(o) and not isinstance(o, type) else ()
+    made = o if {'params', 'lr'} <= {*params} and hasattr(o, '__wrapped__') else None # it is `named`
     o = inspect.unwrap(o)
     to = getattr(o, '__delwrap__', None)
     if to and to.__name__=='__init__': # of a dataclass, the class has the comments
@@ -102,14 +110,21 @@ def table(o):
         if d.default is not empty: d.default = shown(d.default)
         if d.anno is type(None): d.anno = empty
     tbl.params = tbl.params.filter(lambda k: k not in ('args', 'kwargs') or tbl.dm[k].docment is not empty)
+    if made: add_ranges(tbl, ranges_of(made))
     return str(tbl)
+
+def add_ranges(tbl, ranges):
+    "Write the ranges that steppers declare beside the parameters of what makes an optimizer of them"
+    for k,d in tbl.dm.items():
+        if k in ranges and ranges[k] is not switch: d.docment = f'{d.docment}: {in_range(ranges[k])}'
 
 def api(name, mod, link):
     "The object `name` of `mod` for Sphinx: signature, docstring, table of parameters"
     o = find(name, mod)
     kind = 'class' if isinstance(o, type) else 'property' if isinstance(o, property) else 'method' if '.' in name else 'function'
     sig,tbl = ('','') if kind=='property' else (signature(o),table(o))
-    text = '\n\n'.join(link(t) for t in (inspect.getdoc(o), tbl) if t)
+    doc = inspect.getdoc(inspect.unwrap(o) if inspect.isfunction(o) else o) # without the parameters, which the table has
+    text = '\n\n'.join(link(t) for t in (doc, tbl) if t)
     return f":::::{{py:{kind}}} {name}{sig}\n:module: {mod.__name__}\n\n{text}\n:::::"
 
 class Lookup(NbdevLookup):
