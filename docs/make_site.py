@@ -16,7 +16,8 @@ from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults,_default_exp,add_links,clean_show_doc,exec_show_docs,insert_warning,rm_export
 from sphinx.cmd.build import build_main
 
-from fastai_ranger.core.stepper import Stepper,stepper,unless
+from fastai_ranger.core.stepper import Stepper,stepper
+from fastai_ranger.interop import TorchOptimizer,to_torch
 
 docs = Path(__file__).parent
 root,nbs,pkg = docs.parent,docs.parent/'nbs','fastai_ranger'
@@ -66,7 +67,6 @@ def shared():
 
 def start(v):
     "How a state starts, in words"
-    if isinstance(v, unless): return f'{start(v.start)} unless `{v.flag}`'
     return 'when a stepper returns it' if v is None else f'as `{getattr(v, "__name__", v)}`'
 
 def declared(o):
@@ -85,6 +85,12 @@ def declared(o):
     said = ', '.join(f'`{k}={getattr(o, k)!r}`' for k in ('scope', 'dense', 'shards'))
     return '\n'.join([*res, '', f'Declared with {said}.' + (f' Returns {own["return"]}.' if own['return'] else '')])
 
+def said_of(o):
+    "What is said of each parameter of `o`; a class of `as_torch` has the words of its `opt_func`"
+    if not (isinstance(o, type) and issubclass(o, TorchOptimizer) and o.opt_func): return docments(o, args_kwargs=True)
+    own = to_torch(docments(inspect.unwrap(o.opt_func), args_kwargs=True))
+    return {k: '; '.join(what) if isinstance(what, tuple) else what for k,what in own.items()}
+
 def table(o):
     "The table of parameters of `o`"
     if isinstance(o, Stepper): return declared(o)
@@ -94,7 +100,7 @@ def table(o):
         cls = find(to.__qualname__[:-len('.__init__')], inspect.getmodule(o))
         if is_dataclass(cls): o.__delwrap__ = cls
     tbl = DocmentTbl(o)
-    own = docments(o, args_kwargs=True)
+    own = said_of(o)
     if o is Stepper: known = docments(stepper)
     else: known = {k: what for k,(what,_) in shared().items()} if {'grad', 'sqr_avg'} & tbl.dm.keys() else {}
     for k,d in tbl.dm.items():
