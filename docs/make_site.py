@@ -18,6 +18,7 @@ from sphinx.cmd.build import build_main
 
 from fastai_ranger.core.optimizer import ranges_of
 from fastai_ranger.core.stepper import Stepper,stepper,switch
+from fastai_ranger.interop import TorchOptimizer,to_torch
 
 docs = Path(__file__).parent
 root,nbs,pkg = docs.parent,docs.parent/'nbs','fastai_ranger'
@@ -91,6 +92,12 @@ def declared(o):
     said = ', '.join(f'`{k}={getattr(o, k)!r}`' for k in ('scope', 'dense', 'shards'))
     return '\n'.join([*res, '', f'Declared with {said}.' + (f' Returns {own["return"]}.' if own['return'] else '')])
 
+def said_of(o):
+    "What is said of each parameter of `o`; a class of `as_torch` has the words of its `opt_func`"
+    if not (isinstance(o, type) and issubclass(o, TorchOptimizer) and o.opt_func): return docments(o, args_kwargs=True)
+    own = to_torch(docments(inspect.unwrap(o.opt_func), args_kwargs=True))
+    return {k: '; '.join(what) if isinstance(what, tuple) else what for k,what in own.items()}
+
 def table(o):
     "The table of parameters of `o`"
     if isinstance(o, Stepper): return declared(o)
@@ -102,7 +109,7 @@ def table(o):
         cls = find(to.__qualname__[:-len('.__init__')], inspect.getmodule(o))
         if is_dataclass(cls): o.__delwrap__ = cls
     tbl = DocmentTbl(o)
-    own = docments(o, args_kwargs=True)
+    own = said_of(o)
     if o is Stepper: known = docments(stepper)
     else: known = {k: what for k,(what,_) in shared().items()} if {'grad', 'sqr_avg'} & tbl.dm.keys() else {}
     for k,d in tbl.dm.items():

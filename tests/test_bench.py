@@ -1,10 +1,11 @@
 "`ranger-bench`, as a user meets it"
-import subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 from unittest.mock import patch
 
 import matplotlib
 matplotlib.use('agg')
+import pandas as pd
 import pytest
 import torch
 from fastai_ranger.compare.bench import *
@@ -19,7 +20,8 @@ def test_command(tmp_path):
     res = subprocess.run([command, '--lists', 'small,1M', '--opts', opts, '--rounds', '1', '--schedule', '--out', tmp_path/'a'/'b'], capture_output=True, text=True)
     assert res.returncode==0, res.stderr
     assert res.stdout.count('optimi_triton failed: ') == 2 and res.stdout.count(' x_stock ') == 2
-    df,info = read_bench(tmp_path/'a'/'b'/'bench.json')
+    info = json.loads((tmp_path/'a'/'b'/'bench.json').read_text())
+    df = pd.DataFrame(info['rows'])
     assert len(df)==8 and info['schedule'] and info['torch']==torch.__version__.split('+')[0] and info['threads']==torch.get_num_threads()
     assert df.failed.notna().tolist() == [False]*3+[True]+[False]*3+[True]
     rows = df.set_index(['list', 'opt'])

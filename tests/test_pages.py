@@ -3,6 +3,7 @@ import ast, builtins, inspect, json, re
 from functools import cache
 from pathlib import Path
 
+import fastai.distributed # `Learner.distrib_ctx`
 import fastai.vision.all
 import pytest
 import torch
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 
 import fastai_ranger.all
 from fastai_ranger.compare.bench import epoch_opts,ranger_bench
-from fastai_ranger.compare.comparison import compare
+from fastai_ranger.compare.comparison import ranger_compare
 from fastai_ranger.compare.registry import optimizers
 
 root = Path(__file__).parents[1]
@@ -54,7 +55,7 @@ def wrong_keywords(text):
 
 def wrong_options(text):
     "Options and optimizers in commands that these do not have"
-    known = dict(compare=inspect.signature(compare).parameters, bench=inspect.signature(ranger_bench).parameters)
+    known = dict(compare=inspect.signature(ranger_compare).parameters, bench=inspect.signature(ranger_bench).parameters)
     for which,line in re.findall(r'ranger-(compare|bench) ((?:[^`\n\\]|\\\n)*)', text):
         yield from (f'{which} {o}' for o in re.findall(r'--([a-z-]+)', line) if o.replace('-', '_') not in known[which])
         for opts in re.findall(r'--opts ([\w,]+)(?=[\s\\]|$)', line): yield from (o for o in opts.split(',') if o and o not in optimizers and o not in epoch_opts)
@@ -67,4 +68,4 @@ def test_names_calls_and_commands(page):
 def test_what_is_wrong_is_seen():
     assert wrong_names('`ranger`, `ranger_mouon` and `fit_flatcos()`, and `mine`', 'mine = 1')==['fit_flatcos', 'ranger_mouon']
     assert list(wrong_keywords('`ranger(params, beta1=.9)` and `partial(ranger_muon, k=5, nesterof=True)`'))==['ranger(beta1=)', 'ranger_muon(nesterof=)']
-    assert list(wrong_options('    ranger-compare digits --opts ranger,adamm \\\n      --epoch 5\n    ranger-bench --list small'))==['compare epoch', 'adamm', 'bench list']
+    assert list(wrong_options('    ranger-compare digits --opts ranger,adamm \\\n      --epoch 5\n    ranger-bench --list small\n    ranger-compare runs --report'))==['compare epoch', 'adamm', 'bench list']

@@ -119,6 +119,8 @@ def test_an_option_is_fixed():
     opt = muon(params(), lr=.1)
     for k,v in dict(ns_steps=3, nesterov=False, unrectified='skip', decouple_wd=False).items():
         with pytest.raises(ValueError, match=f'`{k}` is an option, fixed when the optimizer is made'): opt.set_hyper(k, v)
+    with pytest.raises(ValueError, match=r'`ns_steps` is an option of a stepper, not a hyper: give it as in partial\(step, ns_steps=...\)'):
+        MultiTensorOptimizer(params(), muon_step, lr=.1, mom=.9, ns_steps=0)
     with pytest.raises(TypeError, match='`options` must map names to a `hyper` each'): stepper(options=dict(n=3))(lambda p, grad, **kwargs: None)
     with pytest.raises(TypeError, match='`flags` must map names to a `flag` each'): stepper(flags=dict(do_it=True))(lambda p, grad, **kwargs: None)
 
@@ -131,6 +133,7 @@ def remember(p, grad, start, **kwargs): pass
 def pull_back(p, grad, start, pull, **kwargs): torch._foreach_lerp_(p, start, pull)
 
 makers = [stock.SGD, torch.optim.SGD, [sgd_step], as_torch(partial(MultiTensorOptimizer, cbs=sgd_step)), partial(MultiTensorOptimizer, cbs=sgd_step), lambda ps, lr: torch.optim.SGD(ps, lr=lr)]
+built = [torch.optim.SGD, stock.SGD, partial(MultiTensorOptimizer, cbs=sgd_step), as_torch(partial(MultiTensorOptimizer, cbs=sgd_step))]
 
 @pytest.mark.parametrize('opt_func', makers)
 def test_around_any(opt_func):
@@ -143,6 +146,13 @@ def test_around_any(opt_func):
         o.set_hypers(pull=.3, lr=.05)
         go(o, o.param_lists[0], 3, 3)
     assert all(map(torch.allclose, ps, qs)) and opt.hypers[0]['pull'] == .3
+
+@pytest.mark.parametrize('opt_func', built)
+def test_around_what_is_built(opt_func):
+    ps,qs = params(),params()
+    opt,plain = around(opt_func(ps, lr=.1), [remember], [pull_back], pull=.2),MultiTensorOptimizer(qs, [remember, sgd_step, pull_back], lr=.1, pull=.2)
+    go(opt, ps, 6), go(plain, qs, 6)
+    assert all(map(torch.allclose, ps, qs)) and type(opt) is MultiTensorOptimizer
 
 def test_what_around_refuses():
     with pytest.raises(ValueError, match='`pull` must be a number'): around(stock.SGD, [remember], [pull_back], pull=2)

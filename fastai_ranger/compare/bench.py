@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bench_opts', 'usual_opts', 'bench_models', 'bench_shapes', 'list_titles', 'epoch_opts', 'usual_epoch_opts', 'columns',
-           'tensors', 'bandwidth', 'moved', 'memory', 'time_steps', 'time_epochs', 'plot_bench', 'bench', 'read_bench',
+           'tensors', 'bandwidth', 'moved', 'memory', 'time_steps', 'time_epochs', 'plot_bench', 'bench',
            'ranger_bench']
 
 # %% ../../nbs/compare/bench.ipynb #7b46ac2d
@@ -378,13 +378,6 @@ def bench(
     write_file(Path(out)/'bench.png', partial(fig.savefig, dpi=150, format='png'))
     if not in_notebook(): plt.close(fig)
     return res
-
-def read_bench(
-    path # A `bench.json` or `epoch.json`
-)->tuple: # What was measured, as a table, and where, as a dict
-    "What `ranger-bench` has written"
-    info = json.loads(Path(path).read_text())
-    return pd.DataFrame(info.pop('rows')),info
 
 # %% ../../nbs/compare/bench.ipynb #5a6b6177
 _help = f"""

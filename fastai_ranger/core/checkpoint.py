@@ -89,7 +89,7 @@ def check_state(
     shape,dtype = p.shape,p.dtype
     for k,f in watched: # fast where all is well: it runs whenever a gradient comes or goes
         v = state.get(k)
-        if v is None or type(v) is int and v >= 0: continue
+        if v is None or isinstance(f.state[k], int) and type(v) is int and v >= 0: continue
         if isinstance(v, Tensor) and v.shape==shape and v.dtype is dtype and v.layout is torch.strided: continue
         like = f.start(k, p, state)
         if isinstance(like, Tensor):

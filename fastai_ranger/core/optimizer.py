@@ -66,6 +66,8 @@ class MultiTensorOptimizer(Optimizer):
         cbs = L(cbs)
         if not cbs: raise ValueError("`cbs` is empty: there is nothing to do in a step")
         self._declare(_bind(cbs, groups, defaults))
+        for k in self.declared.options.keys() & defaults.keys() - self.declared.names:
+            raise ValueError(f"`{k}` is an option of a stepper, not a hyper: give it as in partial(step, {k}=...)")
         hypers = {}
         for f,settled in self.declared.calls: hypers.update({k: v for k,v in f.defaults.items() if k not in settled})
         for k,v in defaults.items(): hypers[k] = as_python(v)

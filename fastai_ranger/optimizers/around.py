@@ -48,6 +48,7 @@ def name_of(
         return name_of(opt_func.func)
     if is_listy(opt_func): return f"[{', '.join(map(name_of, opt_func))}]"
     if isinstance(opt_func, OptimWrapper): return name_of(opt_func.opt)
+    if isinstance(opt_func, MultiTensorOptimizer): return getattr(opt_func, 'name', type(opt_func).__name__)
     return getattr(opt_func, '__name__', type(opt_func).__name__)
 
 # %% ../../nbs/optimizers/around.ipynb #ff856652
@@ -107,7 +108,7 @@ def _around(params, opt_func, before, after, label, **kwargs):
     return _wrap(make_opt(params, opt_func, **kwargs), opt_func, before, after, label, hypers)
 
 def around(
-    opt_func, # An `opt_func`, a class of PyTorch optimizers, a list of steppers, or a PyTorch optimizer or `OptimWrapper` that is built
+    opt_func, # An `opt_func`, a class of PyTorch optimizers, a list of steppers, or an optimizer that is built
     before=(), # Steppers to come before its own
     after=(), # Steppers to come after its own
     label:str='around', # Its name in messages
@@ -119,7 +120,8 @@ def around(
     for k,v in hypers.items():
         check_name(k, ranges)
         hypers[k] = ranges[k].check(k, v)
-    if isinstance(opt_func, (torch.optim.Optimizer, OptimWrapper)): return _wrap(opt_func, opt_func, before, after, label, hypers)
+    if isinstance(opt_func, (torch.optim.Optimizer, OptimWrapper, Optimizer)):
+        return _wrap(opt_func, opt_func, before, after, label, hypers)
     if not callable(opt_func) and not is_listy(opt_func):
         raise ValueError(f"`{label}` cannot be put around {name_of(opt_func)}: it makes no optimizer")
     return partial(_around, opt_func=opt_func, before=tuple(before), after=tuple(after), label=label, **hypers, **lr_of(opt_func))
