@@ -130,8 +130,8 @@ def api(name, mod, link):
     o = find(name, mod)
     kind = 'class' if isinstance(o, type) else 'property' if isinstance(o, property) else 'method' if '.' in name else 'function'
     sig,tbl = ('','') if kind=='property' else (signature(o),table(o))
-    doc = inspect.getdoc(inspect.unwrap(o) if inspect.isfunction(o) else o) # without the parameters, which the table has
-    text = '\n\n'.join(link(t) for t in (doc, tbl) if t)
+    about = inspect.getdoc(inspect.unwrap(o)) # without the parameters that `named` adds: they are in the table
+    text = '\n\n'.join(link(t) for t in (about, tbl) if t)
     return f":::::{{py:{kind}}} {name}{sig}\n:module: {mod.__name__}\n\n{text}\n:::::"
 
 class Lookup(NbdevLookup):

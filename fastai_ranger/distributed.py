@@ -18,55 +18,63 @@ from .core.stepper import *
 from .core.optimizer import *
 from .core.lookahead import *
 from .optimizers.around import *
-from .interop import engine_of
 
 # %% ../nbs/distributed.ipynb #4bdd2d2a
 def _in_group(): return dist.is_available() and dist.is_initialized()
 
-def _check_ranks(slow_step, slow, bad):
-    "`RuntimeError` unless all ranks are about to average the same weights; a warning if a rank has `bad` ones"
-    mine = torch.stack([*slow.new_tensor([slow_step, len(slow)], dtype=torch.int64), slow.view(torch.int16).sum(), bad])
+_compared = 'updates', 'weights with a gradient', 'slow weights (by a checksum)'
+
+def _check_ranks(slow_step, slow, n_bad):
+    "`RuntimeError` unless all ranks are about to average the same weights; a warning if a rank has non-finite ones"
+    counts = slow.new_tensor([slow_step, len(slow)], dtype=torch.int64)
+    mine = torch.stack([*counts, slow.view(torch.int16).sum(), n_bad])
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)
     *same,bad = zip(*torch.stack(rows).tolist())
-    for what,values in zip(('updates', 'weights with a gradient', 'slow weights (by a checksum)'), same):
+    for what,values in zip(_compared, same):
         if len(set(values)) > 1:
-            raise RuntimeError(f"cannot average over the ranks, they differ in their {what}: {', '.join(map(str, values))}. "
-                "All must start from the same weights, and step the same parameters in each update")
+            found = ', '.join(map(str, values))
+            raise RuntimeError(f"cannot average over the ranks, they differ in their {what}: {found}. "
+                               "All must start from the same weights, and step the same parameters in each update")
     for rank,n in enumerate(bad):
-        if n: warn(f"rank {rank} has {n} weights that are not finite: they count as if they had not moved")
+        if n: warn(f"rank {rank} has {n} non-finite weights: they count as if they had not moved")
+
+def _flat(ts): return torch.cat([o.flatten() for o in ts])
 
 @stepper(hypers=dict(k=lookahead_step.hypers['k']), shards='none', syncs=True)
 def average_ranks(p, grad, slow, slow_step, k,
     fast=None, # Fast weights, if `p` holds the slow ones for the moment
     **kwargs
 ):
-    "Every `k` updates, the average over all ranks of the process group, if there is one"
+    "Every `k` updates, average `p` over all ranks of the process group, if there is one"
     if slow_step%k or fast or not _in_group(): return
-    mine,base = (torch.cat([o.flatten() for o in ts]) for ts in (p, slow))
+    mine = _flat(p)
+    base = _flat(slow)
     bad = ~mine.isfinite()
     _check_ranks(slow_step, base, bad.sum())
     mean = torch.where(bad, base, mine).div_(dist.get_world_size())
     dist.all_reduce(mean)
-    for o,new in zip(p, mean.split([o.numel() for o in p])): o.copy_(new.view_as(o))
+    sizes = [o.numel() for o in p]
+    for o,new in zip(p, mean.split(sizes)): o.copy_(new.view_as(o))
 
 # %% ../nbs/distributed.ipynb #9a2657cf
 @stepper(state=dict(outer_avg=torch.zeros_like), hypers=dict(**lookahead_step.hypers, outer_mom=hyper(.9, 0, 1)),
          anchored='outer_avg', syncs=True)
 def outer_step(p, grad, slow, slow_step, k, alpha,
     outer_avg, # Momentum of the outer step
-    outer_mom, # Its coefficient, in [0, 1)
+    outer_mom, # Coefficient of the momentum
     fast=None, # Fast weights, if `p` holds the slow ones for the moment
     **kwargs
 ):
     "`lookahead_step` with Nesterov momentum"
     if slow_step%k or fast: return
-    s = torch._foreach_sub(slow, p)
-    for o in s: o.nan_to_num_(0., 0., 0.)
+    distances = torch._foreach_sub(slow, p)
+    for o in distances: o.nan_to_num_(0., 0., 0.)
     torch._foreach_mul_(outer_avg, outer_mom)
-    torch._foreach_add_(outer_avg, s)
-    torch._foreach_add_(s, outer_avg, alpha=outer_mom)
-    torch._foreach_add_(slow, s, alpha=-alpha)
+    torch._foreach_add_(outer_avg, distances)
+    steps = distances # in the same memory
+    torch._foreach_add_(steps, outer_avg, alpha=outer_mom)
+    torch._foreach_add_(slow, steps, alpha=-alpha)
     torch._foreach_copy_(p, slow)
 
 # %% ../nbs/distributed.ipynb #feb53658
@@ -75,52 +83,70 @@ def _without_lookahead(params, opt_func, **kwargs):
     opt = make_opt(params, opt_func, **kwargs)
     if lookahead_step not in list(getattr(opt, 'cbs', ())): return opt
     cbs = [cb for cb in opt.cbs if cb not in (slow_weights, lookahead_step)]
-    own = {k: [h[k] for h in opt.hypers] for k in opt.hypers[0] if k not in lookahead_step.hypers}
-    return MultiTensorOptimizer(opt.param_lists, cbs, **own)
+    hypers = {}
+    for k in opt.hypers[0]:
+        if k not in lookahead_step.hypers: hypers[k] = [h[k] for h in opt.hypers]
+    return MultiTensorOptimizer(opt.param_lists, cbs, **hypers)
 
 def diloco(
     opt_func, # An `opt_func`, in or out of Lookahead, a class of PyTorch optimizers, or a list of steppers
     k:int=30, # Updates from one average over the ranks to the next
     alpha:float=.7, # Outer learning rate
     outer_mom:float=outer_step.defaults['outer_mom'], # Outer momentum
-    **kwargs # None: what a `Learner` passes shows that `diloco` was not called
+    **kwargs # None: hypers of a `Learner` come here if it got `diloco` itself, which is an error
 ): # An `opt_func`
-    "DiLoCo with the optimizer that `opt_func` makes; without a process group, its outer step alone"
+    """DiLoCo with the optimizer that `opt_func` makes; without a process group, its outer step alone
+
+    Example: `learn = Learner(dls, model, opt_func=diloco(ranger), cbs=DiLoCoTrainer())`
+
+    Papers: DiLoCo, https://arxiv.org/abs/2311.08105
+    """
     if kwargs:
         raise TypeError(f"`diloco` makes an `opt_func`, and takes no {', '.join(kwargs)}: "
                         "write `opt_func=diloco(Adam)`, not `opt_func=diloco`")
     if isinstance(opt_func, (torch.optim.Optimizer, OptimWrapper)):
-        raise ValueError("`diloco` needs an `opt_func`, such as `torch.optim.SGD`, got an optimizer that is built already")
+        raise ValueError("`diloco` needs an `opt_func`, such as `torch.optim.SGD`, "
+                         "got an optimizer that is built already")
     if callable(opt_func): opt_func = partial(_without_lookahead, opt_func=opt_func, **lr_of(opt_func))
-    return around(opt_func, [slow_weights], [average_ranks, outer_step], 'diloco', k=k, alpha=alpha, outer_mom=outer_mom)
+    after = [average_ranks, outer_step]
+    return around(opt_func, [slow_weights], after, 'diloco', k=k, alpha=alpha, outer_mom=outer_mom)
 
 # %% ../nbs/distributed.ipynb #c48eb5b1
-def _shared_out(dl):
-    "`dl`, of which each rank gets its part"
+def _sharded(dl):
+    "`dl` with the part of its batches that belongs to this rank"
     try: from fastai.distributed import DistributedDL
-    except NameError: raise ImportError("`DiLoCoTrainer` uses fastai.distributed, which needs accelerate: pip install accelerate") from None
-    return dl if isinstance(dl, DistributedDL) else DistributedDL(dl, dist.get_rank(), dist.get_world_size())
+    except NameError:
+        raise ImportError("`DiLoCoTrainer` uses fastai.distributed, which needs accelerate: "
+                          "pip install accelerate") from None
+    if isinstance(dl, DistributedDL): return dl
+    return DistributedDL(dl, dist.get_rank(), dist.get_world_size())
 
 class DiLoCoTrainer(Callback):
     "Train on all ranks of a process group, with an `opt_func` made by `diloco`"
     order = 11 # as fastai's `DistributedTrainer`
-    def before_fit(self):
-        "`RuntimeError` without a process group; `ValueError` if the optimizer does not average, and in `lr_find`"
-        if not _in_group(): raise RuntimeError("`DiLoCoTrainer` needs a process group: call torch.distributed.init_process_group(), and start the script with torchrun")
+    def _check(self):
+        if not _in_group():
+            raise RuntimeError("`DiLoCoTrainer` needs a process group: call torch.distributed.init_process_group(), "
+                               "and start the script with torchrun")
         if average_ranks not in getattr(self.opt, 'cbs', ()):
             raise ValueError("`DiLoCoTrainer` needs an `opt_func` that averages, such as `diloco(ranger)`")
         if hasattr(self.learn, 'lr_finder'):
-            raise ValueError("the ranks would stop `lr_find` at different rates: call it on one process, without `DiLoCoTrainer`")
+            raise ValueError("the ranks would stop `lr_find` at different rates: "
+                             "call it on one process, without `DiLoCoTrainer`")
+
+    def before_fit(self):
+        "`RuntimeError` without a process group; `ValueError` if the optimizer does not average, and in `lr_find`"
+        self._check()
         for o in [*self.model.parameters(), *self.model.buffers()]: dist.broadcast(o.detach(), 0)
         self.loaders = list(self.dls.loaders)
-        self.learn.dls.loaders = [_shared_out(dl) for dl in self.loaders]
+        self.learn.dls.loaders = [_sharded(dl) for dl in self.loaders]
         if dist.get_rank():
             self.learn.logger = noop
             for cb in self.learn.cbs:
                 if isinstance(cb, ProgressCallback): cb.run = False
 
-    def before_train(self): self.learn.dl = _shared_out(self.learn.dl)
-    def before_validate(self): self.learn.dl = _shared_out(self.learn.dl)
+    def before_train(self): self.learn.dl = _sharded(self.learn.dl)
+    def before_validate(self): self.learn.dl = _sharded(self.learn.dl)
 
     def after_train(self):
         self.opt.sync()

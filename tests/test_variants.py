@@ -233,6 +233,16 @@ def test_trust_ratio_moves_weights_of_zero():
     ranger_lars([p], lr=.1).step()
     assert torch.allclose(p.detach(), -.1*p.grad, atol=1e-12)
 
+def test_limit_of_the_trust_ratio():
+    "`max_norm` limits the norm of the weights, and is an option with a range"
+    p = nn.Parameter(torch.full((4,), 10., dtype=torch.float64)) # of norm 20
+    p.grad = torch.ones_like(p)
+    def opt(max_norm): return MultiTensorOptimizer([p], partial(lars_radam_step, max_norm=max_norm), lr=.1, mom=.9, sqr_mom=.99)
+    opt(5.).step()
+    assert torch.allclose(p.detach(), torch.full_like(p, 10-.1*5/2), atol=1e-12)
+    with pytest.raises(ValueError, match='`max_norm` must be'): opt(-1.)
+    with pytest.raises(ValueError, match='`max_norm` is an option'): opt(5.).set_hyper('max_norm', 2.)
+
 def test_clip_leaves_small_weights_room():
     "Weights of norm 1e-6 count as 1e-3"
     p = nn.Parameter(torch.full((1, 4), 5e-7))

@@ -18,24 +18,30 @@ from .variants import *
 
 # %% ../../nbs/contrib/ranger21.ipynb #a300c5a4
 def _norms(ts):
-    "Norm of each filter of `ts`, with the dimensions to multiply it in"
-    vectors = iter(torch._foreach_norm([o for o in ts if o.ndim < 2]) if any(o.ndim < 2 for o in ts) else [])
-    return [next(vectors) if o.ndim < 2 else torch.linalg.vector_norm(o, dim=tuple(range(1, o.ndim)), keepdim=True) for o in ts]
+    "Norm of each filter of `ts`, in a shape that broadcasts; a vector is one filter"
+    vectors = [o for o in ts if o.ndim < 2]
+    of_vectors = iter(torch._foreach_norm(vectors) if vectors else [])
+    res = []
+    for o in ts:
+        if o.ndim < 2: res.append(next(of_vectors))
+        else: res.append(torch.linalg.vector_norm(o, dim=tuple(range(1, o.ndim)), keepdim=True))
+    return res
 
 @stepper(hypers=dict(clip=hyper(.01, 0)), shards='none')
 def adaptive_clip(p, grad,
-    clip, # Length of a gradient, at most, in lengths of its weights, in [0, inf)
+    clip, # Largest norm of a gradient, relative to the norm of its weights
     **kwargs
 )->dict: # `grad`
     "Clip the gradient of each filter to `clip` times the norm of its weights"
-    most,now = _norms(p),_norms(grad)
-    torch._foreach_clamp_min_(most, 1e-3)
-    torch._foreach_clamp_min_(now, 1e-6)
-    torch._foreach_mul_(most, clip)
-    torch._foreach_div_(most, now)
-    torch._foreach_clamp_max_(most, 1.)
-    for o in most: o.nan_to_num_(1.) # an undefined norm clips nothing
-    return dict(grad=torch._foreach_mul(grad, most))
+    factors = _norms(p)
+    grad_norms = _norms(grad)
+    torch._foreach_clamp_min_(factors, 1e-3)
+    torch._foreach_clamp_min_(grad_norms, 1e-6)
+    torch._foreach_mul_(factors, clip)
+    torch._foreach_div_(factors, grad_norms)
+    torch._foreach_clamp_max_(factors, 1.)
+    for o in factors: o.nan_to_num_(1.) # an undefined norm clips nothing
+    return dict(grad=torch._foreach_mul(grad, factors))
 
 # %% ../../nbs/contrib/ranger21.ipynb #f76aba59
 @stepper(shards='none')
@@ -45,26 +51,37 @@ def normalize_grad(p, grad, **kwargs)->dict: # `grad`
     if not gs: return
     dtype = torch.promote_types(gs[0].dtype, torch.float32)
     n = torch.tensor([float(o.numel()) for o in gs], device=gs[0].device, dtype=dtype)
-    sums,norms = torch.stack([o.sum(dtype=dtype) for o in gs]),torch.stack(torch._foreach_norm(gs, dtype=dtype))
-    stds = (((norms**2 - sums**2/n).clamp(min=0)/(n-1)).sqrt()+1e-8).to(gs[0].dtype).unbind()
-    new = iter(torch._foreach_div(gs, stds))
-    return dict(grad=[next(new) if o.numel() > 2 else o for o in grad])
+    sums = torch.stack([o.sum(dtype=dtype) for o in gs])
+    norms = torch.stack(torch._foreach_norm(gs, dtype=dtype))
+    variances = (norms**2 - sums**2/n).clamp(min=0)/(n-1)
+    stds = (variances.sqrt()+1e-8).to(gs[0].dtype)
+    normalized = iter(torch._foreach_div(gs, stds.unbind()))
+    res = []
+    for o in grad: res.append(next(normalized) if o.numel() > 2 else o)
+    return dict(grad=res)
 
 # %% ../../nbs/contrib/ranger21.ipynb #2c037054
+def _in_turn(step, odd_avg, even_avg):
+    "The averages that update number `step` changes, and the others"
+    if step%2: return odd_avg,even_avg
+    return even_avg,odd_avg
+
 @stepper(state=dict(step=0, odd_avg=torch.zeros_like, even_avg=torch.zeros_like, sqr_avg=torch.zeros_like), dense=True)
 def average_pnm(p, grad, lr, mom, sqr_mom, step, sqr_avg,
-    odd_avg, # Averages of the gradients of the first update, the third, and so on
-    even_avg, # Averages of the others
+    odd_avg, # Averages of the gradients of odd updates (the first, the third, and so on)
+    even_avg, # Averages of the gradients of even updates
     **kwargs
 )->dict: # `step`
-    "Keep two averages of the gradients, updated by turns, and one of their squares"
-    fused_adam(p, grad, even_avg if step%2 else odd_avg, sqr_avg, step=step+1, lr=lr, mom=mom**2, sqr_mom=sqr_mom)
-    return dict(step=step+1)
+    "Keep two averages of the gradients, updated in turn, and one of their squares"
+    step += 1
+    grad_avg,_ = _in_turn(step, odd_avg, even_avg)
+    fused_adam(p, grad, grad_avg, sqr_avg, step=step, lr=lr, mom=mom**2, sqr_mom=sqr_mom)
+    return dict(step=step)
 
 # %% ../../nbs/contrib/ranger21.ipynb #824a32fe
 @stepper(state=dict(max_avg=torch.zeros_like))
 def max_sqr_avg(p, grad, sqr_avg, max_avg, **kwargs):
-    "Keep the largest `sqr_avg` (AMSGrad)"
+    "Keep the largest `sqr_avg` so far (AMSGrad)"
     torch._foreach_maximum_(max_avg, sqr_avg)
 
 # %% ../../nbs/contrib/ranger21.ipynb #25fed102
@@ -72,12 +89,13 @@ def max_sqr_avg(p, grad, sqr_avg, max_avg, **kwargs):
 def pnm_step(p, grad, lr, mom, sqr_mom, eps, beta, step, sqr_avg,
     odd_avg, # As for `average_pnm`
     even_avg, # As for `average_pnm`
-    pnm, # How much of the other average is subtracted (beta0), in [0, inf)
+    pnm, # How much of the other average is subtracted (β0)
     max_avg=None, rectified=False, **kwargs
 ):
     "Step for Adam with positive-negative momentum"
-    r,scale = rectify(step, sqr_mom) if rectified else 1.,1/(math.hypot(1+pnm, pnm)*(1-mom**step))
-    now,other = (odd_avg, even_avg) if step%2 else (even_avg, odd_avg)
+    r = rectify(step, sqr_mom) if rectified else 1.
+    scale = 1/(math.hypot(1+pnm, pnm)*(1-mom**step))
+    now,other = _in_turn(step, odd_avg, even_avg)
     for w,a,b,v in chunks(p, now, other, max_avg or sqr_avg):
         num = torch._foreach_lerp(a, b, -pnm)
         if r: torch._foreach_addcdiv_(w, num, denoms(v, step, sqr_mom, eps, beta), value=-lr*r*scale)
@@ -87,18 +105,23 @@ def pnm_step(p, grad, lr, mom, sqr_mom, eps, beta, step, sqr_avg,
 @stepper(hypers=dict(wd=common['wd']), scope='all')
 def stable_decay(p, grad, lr, wd, sqr_avg, step, sqr_mom, do_wd=(), **kwargs):
     "Decay `p` by `lr*wd` over the root of the mean of all debiased `sqr_avg`"
-    dtype = torch.float64 if any(o.dtype is torch.float64 for o in p) else torch.float32
-    sums = [o.to(p[0].device)/(1-b**t) for o,b,t in zip(torch._foreach_norm(sqr_avg, 1, dtype=dtype), sqr_mom, step)]
-    rms = (torch.stack(sums).sum()/max(1, sum(o.numel() for o in p))).sqrt()
+    dtype = torch.float32
+    if any(o.dtype is torch.float64 for o in p): dtype = torch.float64
+    sums = torch._foreach_norm(sqr_avg, 1, dtype=dtype)
+    debiased = [o.to(p[0].device)/(1-b**t) for o,b,t in zip(sums, sqr_mom, step)]
+    numel = sum(o.numel() for o in p)
+    rms = (torch.stack(debiased).sum()/max(1, numel)).sqrt()
     groups = defaultdict(list)
     for o,a,b,on in zip(p, lr, wd, do_wd or [None]*len(p)):
         if on is not False and b: groups[a*b,o.device,o.dtype].append(o)
-    for (rate,device,_),ps in groups.items(): torch._foreach_mul_(ps, torch.where(rms > 0, 1-rate/rms, 1.).to(device))
+    for (rate,device,_),ps in groups.items():
+        factor = torch.where(rms > 0, 1-rate/rms, 1.)
+        torch._foreach_mul_(ps, factor.to(device))
 
 # %% ../../nbs/contrib/ranger21.ipynb #843444d9
 @stepper(hypers=dict(norm_loss=hyper(1e-4, 0), eps=hyper(1e-8, 0)), shards='none')
 def norm_loss_step(p, grad, lr, eps,
-    norm_loss, # How strongly, in [0, inf)
+    norm_loss, # Strength of the pull
     do_wd=True, **kwargs
 ):
     "Move the norm of each filter towards 1"
@@ -111,43 +134,65 @@ def norm_loss_step(p, grad, lr, eps,
     torch._foreach_mul_(p, scales)
 
 # %% ../../nbs/contrib/ranger21.ipynb #423fdd70
+def _gradient_steppers(clip, gc, norm_grad):
+    "The steppers that change gradients"
+    cbs = []
+    if clip: cbs.append(adaptive_clip)
+    if gc: cbs.append(centralize)
+    if norm_grad: cbs.append(normalize_grad)
+    return cbs
+
+def _weight_steppers(pnm, norm_loss, stable_wd, amsgrad, rectified):
+    "The steppers that decay and step the weights: one fused step if all parts are off"
+    if not (pnm or norm_loss or stable_wd or amsgrad): return [partial(fused_radam_step, rectified=rectified)]
+    cbs = [average_pnm if pnm else partial(fused_averages, do_wd=False)]
+    if amsgrad: cbs.append(max_sqr_avg)
+    cbs.append(stable_decay if stable_wd else weight_decay)
+    if norm_loss: cbs.append(norm_loss_step)
+    cbs.append(partial(pnm_step if pnm else radam_step, rectified=rectified))
+    return cbs
+
 @variant
-def ranger21(params, lr:float|slice, *, # Default learning rate, in [0, inf)
-    mom:float=.9, # Gradient moving average (β1) coefficient, in [0, 1)
-    wd:float=1e-4, # Weight decay, in [0, inf)
-    eps:float=1e-8, # Added to the denominator for numerical stability, in [0, inf)
-    k:int=5, # Updates from one Lookahead synchronisation to the next, a whole number from 1 on
-    clip:float=.01, # Length of a filter's gradient, at most, in lengths of its weights, in (0, inf); 0 for no clipping
+def ranger21(params, lr:float|slice, *, # Default learning rate
+    mom:float=.9, # Gradient moving average (β1) coefficient
+    wd:float=1e-4, # Weight decay
+    eps:float=pnm_step.defaults['eps'], # Added to the denominator for numerical stability
+    k:int=5, # Updates from one Lookahead synchronisation to the next
+    clip:float=adaptive_clip.defaults['clip'], # Largest norm of a gradient, relative to its weights (0 for no clipping)
     gc:bool=True, # Centralize gradients?
     norm_grad:bool=True, # Normalize gradients?
-    pnm:float=1., # β0 of positive-negative momentum, in (0, inf); 0 for plain momentum
-    norm_loss:float=1e-4, # Pull of the norm of each filter to 1, in (0, inf); 0 for none
+    pnm:float=pnm_step.defaults['pnm'], # β0 of positive-negative momentum (0 for plain momentum)
+    norm_loss:float=norm_loss_step.defaults['norm_loss'], # Pull of the norm of each filter to 1 (0 for none)
     stable_wd:bool=True, # Divide weight decay by the root of the mean of all variances?
-    beta:float=50., # Sharpness of a softplus around the denominator, in [0, inf); 0 for none
+    beta:float=50., # Sharpness of the softplus around the denominator (0 for no softplus)
     amsgrad:bool=True, # Divide by the largest variance so far?
     rectified:bool=False, # RAdam, rather than Adam? (Ranger21 has a warm-up instead)
     **kwargs
 )->MultiTensorOptimizer:
-    "Ranger21 without its schedule, for which there is `fit_ranger21`"
-    cbs = [f for f,on in ((adaptive_clip, clip), (centralize, gc), (normalize_grad, norm_grad)) if on]
-    if pnm or norm_loss or stable_wd or amsgrad:
-        cbs += [average_pnm if pnm else partial(fused_averages, do_wd=False), *([max_sqr_avg] if amsgrad else []),
-                stable_decay if stable_wd else weight_decay, *([norm_loss_step] if norm_loss else []),
-                partial(pnm_step if pnm else radam_step, rectified=rectified)]
-    else: cbs.append(partial(fused_radam_step, rectified=rectified))
-    parts = dict(beta=beta, **{n: v for n,v in dict(clip=clip, pnm=pnm, norm_loss=norm_loss).items() if v})
+    """Ranger21 without its schedule, for which there is `fit_ranger21`
+
+    Example: `Learner(dls, model, opt_func=ranger21).fit_ranger21(20, 1e-3)`
+
+    Papers: Ranger21, https://arxiv.org/abs/2106.13731; adaptive gradient clipping, https://arxiv.org/abs/2102.06171;
+    positive-negative momentum, https://arxiv.org/abs/2103.17182; stable weight decay, https://arxiv.org/abs/2011.11152;
+    norm loss, https://arxiv.org/abs/2103.06583
+    """
+    cbs = _gradient_steppers(clip, gc, norm_grad) + _weight_steppers(pnm, norm_loss, stable_wd, amsgrad, rectified)
+    parts = dict(beta=beta)
+    for name,size in dict(clip=clip, pnm=pnm, norm_loss=norm_loss).items():
+        if size: parts[name] = size
     return inside_lookahead(params, lr, cbs, parts, mom=mom, wd=wd, eps=eps, k=k, **kwargs)
 
 # %% ../../nbs/contrib/ranger21.ipynb #c8077db4
 def sched_ranger21(
-    pos:float, # Where training is, in [0, 1)
+    pos:float, # Progress of training, in [0, 1)
     lr, # Highest learning rate, a number or an array
     n:int, # Updates in all
     warmup:int, # Updates until `lr` is reached, from 0 on
-    warmdown:int, # Update, counted from 1, in which the way down begins
-    lr_end:float # Learning rate of the last update, if `lr` is not smaller anyway
+    warmdown:int, # First update of the warm-down, counted from 1
+    lr_end:float # Learning rate of the last update, unless `lr` is smaller
 ): # Learning rate
-    "Linear from `lr/warmup` to `lr`, flat, and linear to `lr_end`"
+    "Linear warm-up from `lr/warmup` to `lr`, then flat, then linear warm-down to `lr_end`"
     step = round(pos*n)+1
     if step < warmup: return lr*(step/warmup)
     down = max(0, step+1-warmdown)/(n-warmdown+1)

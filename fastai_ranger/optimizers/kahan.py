@@ -7,25 +7,27 @@ __all__ = ['kahan_radam_step', 'kahan_lookahead_step', 'ranger_kahan']
 
 # %% ../../nbs/optimizers/kahan.ipynb #d1cceacf
 import torch
+from inspect import signature
 from ..core.stepper import *
 from ..core.kernels import *
 from ..core.optimizer import *
-from .adam import *
 from ..core.lookahead import *
+from .adam import *
 from .around import *
+from .ranger import ranger
 
 # %% ../../nbs/optimizers/kahan.ipynb #80ea4ae3
 def _start_comp(p):
-    "Where to keep what `p` lacks: nothing for a dtype that lacks little"
+    "The compensation buffer of `p` as it starts: zeros for bfloat16 and float16, `None` for other dtypes"
     if p.dtype in (torch.bfloat16, torch.float16): return torch.zeros_like(p)
 
 @stepper(state={**fused_radam_step.state, 'comp': _start_comp}, hypers=fused_radam_step.hypers,
          options=fused_radam_step.options, flags='do_wd', anchored=('comp',), dense=True)
 def kahan_radam_step(p, grad, lr, wd=0., do_wd=True,
-    comp=None, # What `p` lack, if they are in low precision
+    comp=None, # Compensation buffers of `p`, in low precision only
     **kwargs # As for `fused_radam_step`
-)->dict: # What `fused_radam_step` returns
-    "`fused_radam_step` on weights of bfloat16 or float16, which keeps what rounding takes from them"
+)->dict: # `step`
+    "`fused_radam_step` with compensated summation for bfloat16 and float16"
     if not comp: return fused_radam_step.f(p, grad, lr=lr, wd=wd, do_wd=do_wd, **kwargs)
     if do_wd and wd: torch._foreach_add_(comp, p, alpha=-lr*wd)
     res = fused_radam_step.f(comp, grad, lr=lr, **kwargs)
@@ -37,41 +39,53 @@ def kahan_radam_step(p, grad, lr, wd=0., do_wd=True,
     return res
 
 # %% ../../nbs/optimizers/kahan.ipynb #282b05ed
+def _parts(*lists):
+    "`lists` in parts of which copies in float32 are small: chunks on a CPU, one tensor of each elsewhere"
+    if lists[0][0].is_cpu: return chunks(*lists)
+    return [[[o] for o in ts] for ts in zip(*lists)]
+
 @stepper(state=dict(slow_comp=_start_comp), hypers=lookahead_step.hypers, anchored=('slow_comp',), syncs=True)
 def kahan_lookahead_step(p, grad, slow, slow_step, k, alpha,
-    comp=None, # What `p` lack
-    slow_comp=None, # What `slow` lack
+    comp=None, # Compensation buffers of `p`
+    slow_comp=None, # Compensation buffers of `slow`
     fast=None, # Fast weights, if `p` holds the slow ones for the moment
     **kwargs
 ):
-    "`lookahead_step` that keeps what rounding takes from the slow weights"
+    "`lookahead_step` with compensated summation of the slow weights"
     if not comp: return lookahead_step.f(p, grad, slow=slow, slow_step=slow_step, k=k, alpha=alpha)
     if slow_step%k: return
     if fast: torch._foreach_copy_(comp, slow_comp)
-    lists = p,slow,comp,slow_comp
-    for w,s,c,d in chunks(*lists) if p[0].is_cpu else zip(*([[o] for o in ts] for ts in lists)): # never all of them in float32
-        fast,exact = [o.float() for o in w],[o.float() for o in s]
-        torch._foreach_add_(fast, c)
+    for w,s,c,d in _parts(p, slow, comp, slow_comp):
+        ahead = [o.float() for o in w]
+        exact = [o.float() for o in s]
+        torch._foreach_add_(ahead, c)
         torch._foreach_add_(exact, d)
-        if not p[0].is_cpu or found_inf(fast): fast = [o.where(o.isfinite(), e) for o,e in zip(fast, exact)]
-        torch._foreach_lerp_(exact, fast, alpha)
+        if not p[0].is_cpu or found_inf(ahead): ahead = [torch.where(a.isfinite(), a, e) for a,e in zip(ahead, exact)]
+        torch._foreach_lerp_(exact, ahead, alpha)
         for ts in w,s: torch._foreach_copy_(ts, exact)
         torch._foreach_sub_(exact, w)
         for ts in c,d: torch._foreach_copy_(ts, exact)
 
 # %% ../../nbs/optimizers/kahan.ipynb #20e05c88
+_ranger_defaults = {k: o.default for k,o in signature(ranger).parameters.items()}
+
 @named
 def ranger_kahan(
     params, # Model parameters, or lists of them: one list for each parameter group
     lr:float|slice, # Default learning rate
-    mom:float=.95, # Gradient moving average (β1) coefficient
-    wd:float=.01, # True weight decay
-    eps:float=1e-6, # Added to the denominator for numerical stability
-    k:int=lookahead_defaults['k'], # Updates from one Lookahead synchronisation to the next
-    alpha:float=lookahead_defaults['alpha'], # How far the slow weights follow
+    mom:float=_ranger_defaults['mom'], # Gradient moving average (β1) coefficient
+    wd:float=_ranger_defaults['wd'], # True weight decay
+    eps:float=_ranger_defaults['eps'], # Added to the denominator for numerical stability
+    k:int=_ranger_defaults['k'], # Updates from one Lookahead synchronisation to the next
+    alpha:float=_ranger_defaults['alpha'], # How far the slow weights follow
     *,
-    sqr_mom:float=.99 # Gradient squared moving average (β2) coefficient
+    sqr_mom:float=_ranger_defaults['sqr_mom'] # Gradient squared moving average (β2) coefficient
 )->MultiTensorOptimizer:
-    "`ranger` for weights of bfloat16 or float16, with compensated summation"
+    """`ranger` for weights of bfloat16 or float16, with compensated summation
+
+    Example: `learn = Learner(dls, model.bfloat16(), opt_func=ranger_kahan)`
+
+    Papers: Kahan summation for bfloat16 weights, https://arxiv.org/abs/2010.06192
+    """
     opt_func = around([kahan_radam_step], [slow_weights], [kahan_lookahead_step], k=k, alpha=alpha)
     return opt_func(params, lr=lr, mom=mom, wd=wd, eps=eps, sqr_mom=sqr_mom)
