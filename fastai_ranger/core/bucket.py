@@ -98,7 +98,7 @@ class Bucket:
         changed=False # Has a stepper made `grad`, rather than PyTorch?
     )->list: # The gradients that the steppers leave: `grad` itself if they change nothing
         "Call each stepper once for all `params`, and store the state they return"
-        own = local(grad)
+        own = grad if self.local is self.params else local(grad)
         left,new = run_steppers(calls, self.local, own, self.values, hypers, self.same_layout, changed)
         for k,v in new.items():
             if k in self.values and v is not None and isinstance(v, plain_types): # this bucket stays current

@@ -30,8 +30,8 @@ def slow_weights(p, grad, slow_step,
 # %% ../../nbs/core/lookahead.ipynb #11151d89
 def _synchronise(p, slow, alpha):
     "Move `slow` `alpha` of the way to `p` and `p` there, which is all the way back where `p` is not finite"
-    lie_alike = strides(p)==strides(slow) and list(map(torch.Tensor.size, p))==list(map(torch.Tensor.size, slow))
-    if p[0].is_cuda and lie_alike:
+    def lie_alike(): return strides(p)==strides(slow) and list(map(torch.Tensor.size, p))==list(map(torch.Tensor.size, slow))
+    if p[0].is_cuda and lie_alike():
         follow(p, slow, alpha)
         torch._foreach_copy_(p, slow)
     else:
