@@ -7,7 +7,6 @@ __all__ = ['TorchStep', 'torch_class', 'from_torch', 'to_fastai', 'to_torch', 'T
 
 # %% ../nbs/interop.ipynb #3d8aa92b
 import copy,copyreg,re,sys,torch
-from collections import defaultdict
 from collections.abc import Sequence
 from difflib import get_close_matches
 from fastai.optimizer import OptimWrapper,detuplify_pg
