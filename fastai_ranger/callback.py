@@ -11,30 +11,35 @@ from fastai.callback.core import Callback
 # %% ../nbs/callback.ipynb #2e80f340
 class SlowWeights(Callback):
     "Validate on the slow weights of an optimizer inside Lookahead, and leave the model on them after `fit`"
-    order = 65 # after the callbacks that save, stop or put a saved model back
+    order = 65 # after the callbacks that save a model, load one, or stop training
     def __init__(self,
-        valid:bool=True, # Validate on them, and predict?
+        valid:bool=True, # Validate and predict on them?
         end:bool=True # Leave the model on them after `fit`?
-    ): self.valid,self.end = valid,end
+    ):
+        self.valid = valid
+        self.end = end
 
     def before_fit(self):
         "`ValueError` if the optimizer keeps no slow weights"
-        self.trained,self.visiting = False,getattr(self, 'visiting', False)
+        self.trained = False
+        self.visiting = getattr(self, 'visiting', False) # is the model on the slow weights?
         if self.opt is not None and not getattr(self.opt, 'has_slow_weights', False):
-            raise ValueError("`SlowWeights` needs an `opt_func` that keeps slow weights, such as `fastai_ranger.ranger`, "
-                f"got a {type(self.opt).__name__} that keeps none")
+            raise ValueError("`SlowWeights` needs an `opt_func` that keeps slow weights, "
+                             f"such as `fastai_ranger.ranger`, got a {type(self.opt).__name__} that keeps none")
 
     def before_train(self):
-        self.trained,self.visiting = True,False
+        self.trained = True
+        self.visiting = False
         self.opt.to_fast()
 
     def before_validate(self):
         if not self.valid or self.opt is None: return
-        if not any('fast' in o for o in self.opt.state.values()): self.visiting = True # or a loaded model is on them already
+        is_slow = any('fast' in o for o in self.opt.state.values()) # from a checkpoint
+        if not is_slow: self.visiting = True
         self.opt.to_slow()
 
     def after_fit(self):
-        if self.opt is None or hasattr(self.learn, 'lr_finder'): return # which puts everything back
+        if self.opt is None or hasattr(self.learn, 'lr_finder'): return # `lr_find` restores the weights
         if self.end and self.trained:
             self.opt.to_slow()
             self.opt.sync()

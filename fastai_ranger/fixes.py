@@ -36,7 +36,7 @@ lr_find_of_fastai = Learner.lr_find
 @patch
 @delegates(lr_find_of_fastai)
 def lr_find(self:Learner, *args, **kwargs):
-    "fastai's `lr_find`, which puts the hypers back too"
+    "fastai's `lr_find`, which restores the hypers too"
     hypers = self.opt and [dict(o) for o in self.opt.hypers]
     try: return lr_find_of_fastai(self, *args, **kwargs)
     finally:
@@ -49,7 +49,7 @@ if distributed:
 
     @patch
     def _broadcast(self:distributed.DistributedDL, t, rank):
-        "fastai's `_broadcast`, without a GPU too"
+        "fastai's `_broadcast`, which works without a GPU too"
         if torch.cuda.is_available(): return _fastai_broadcast(self, t, rank)
         t = torch.tensor(t)
         torch.distributed.broadcast(t, rank)
@@ -61,10 +61,10 @@ if distributed:
 
     @patch
     def prepare(self:distributed.Accelerator, *args, **kwargs):
-        "Accelerate's `prepare`, which warns of an optimizer that it hands back as it is"
+        "Accelerate's `prepare`, with a warning for optimizers that it does not wrap"
         if any(isinstance(o, MultiTensorOptimizer) for o in args):
-            warn("Accelerate hands this optimizer back as it is: `accumulate` does not hold back its steps, and `save_state` does "
-                 "not save it. "
+            warn("Accelerate hands this optimizer back as it is: `accumulate` does not hold back its steps, "
+                 "and `save_state` does not save it. "
                  "Make it with `as_torch`, as in `as_torch(ranger)(model.parameters(), lr=...)`", stacklevel=2)
         return _accelerate_prepare(self, *args, **kwargs)
 

@@ -25,27 +25,32 @@ from .contrib.ranger21 import sched_ranger21
 
 # %% ../nbs/learner.ipynb #2deeae60
 class _TellOnLoad:
-    "Hook of a model: tells the optimizer which weights are about to be loaded, and which were"
+    "Hook of a module: calls `before_load` or `after_load` of the optimizer when weights are loaded into the module"
     def __init__(self, opt, event):
         self.opt = weakref.ref(opt)
         self.event = event
 
     def __call__(self, module, *args):
-        if (opt := self.opt()) is not None: getattr(opt, self.event)(module.parameters())
-    def __reduce__(self): return getattr,(nullcontext(), '__exit__') # a copy does nothing, and needs no fastai_ranger
+        opt = self.opt()
+        if opt is not None: getattr(opt, self.event)(module.parameters())
+
+    def __reduce__(self): return getattr,(nullcontext(), '__exit__') # a copy does nothing; it needs no fastai_ranger
+
+def _remove_hooks(hooks, opt):
+    "Remove the hooks of `opt`, and of optimizers that are gone"
+    for k,o in list(hooks.items()):
+        hook = getattr(o, 'hook', o)
+        if isinstance(hook, _TellOnLoad) and hook.opt() in (None, opt): del hooks[k]
 
 def restart_on_load(
     opt, # An optimizer of fastai_ranger
     model:nn.Module # Its model
 ):
-    "Let every part of `model` tell `opt` when weights are loaded into it: what is given other weights begins anew"
+    "Add hooks to all modules of `model`: when other weights are loaded, `opt` drops the state anchored to the old ones"
     engine = engine_of(opt)
     for m in model.modules():
-        if isinstance(m, torch.jit.ScriptModule): continue # which takes no such hook
-        for hooks in m._load_state_dict_pre_hooks,m._load_state_dict_post_hooks:
-            for k,o in list(hooks.items()):
-                told = getattr(o, 'hook', o)
-                if isinstance(told, _TellOnLoad) and told.opt() in (None, engine): del hooks[k]
+        if isinstance(m, torch.jit.ScriptModule): continue # it takes no such hooks
+        for hooks in m._load_state_dict_pre_hooks,m._load_state_dict_post_hooks: _remove_hooks(hooks, engine)
         m.register_load_state_dict_pre_hook(_TellOnLoad(engine, 'before_load'))
         m.register_load_state_dict_post_hook(_TellOnLoad(engine, 'after_load'))
 
@@ -53,21 +58,23 @@ def restart_on_load(
 _create_opt = Learner.create_opt
 
 def _check_opt_func(opt_func):
-    "`TypeError` if `opt_func` makes an optimizer of PyTorch, which a `Learner` cannot use as it is"
-    f = opt_func.func if isinstance(opt_func, partial) else opt_func
-    if not (isinstance(f, type) and issubclass(f, torch.optim.Optimizer)): return
-    if issubclass(f, TorchOptimizer):
-        name = name_of(f.opt_func)
-        raise TypeError(f"`as_torch` is for loops without a `Learner`: write opt_func={name}, not opt_func=as_torch({name})")
-    name = f.__name__
-    raise TypeError(f"a `Learner` cannot use PyTorch's {name} as it is: write opt_func=lookahead({name}), or partial(OptimWrapper, opt={name})")
+    "`TypeError` if `opt_func` makes an optimizer of PyTorch: a `Learner` needs one of fastai"
+    cls = torch_class(opt_func)
+    if cls is None: return
+    if issubclass(cls, TorchOptimizer):
+        name = name_of(cls.opt_func)
+        raise TypeError("`as_torch` is for loops without a `Learner`: "
+                        f"write opt_func={name}, not opt_func=as_torch({name})")
+    name = cls.__name__
+    raise TypeError(f"a `Learner` cannot use PyTorch's {name} as it is: "
+                    f"write opt_func=lookahead({name}), or partial(OptimWrapper, opt={name})")
 
 @patch
 def create_opt(self:Learner):
-    "fastai's `create_opt`; the model sets the flags of its parameters, and the optimizer begins anew when weights are loaded"
+    "fastai's `create_opt`, which also sets flags from the model and adds the hooks of `restart_on_load`"
     if self.opt_func is stock.ranger:
-        warn("opt_func is fastai's own `ranger`: for fastai_ranger's, import it after fastai, `from fastai_ranger import ranger`",
-             stacklevel=2)
+        warn("opt_func is fastai's own `ranger`: for fastai_ranger's, import it after fastai, "
+             "`from fastai_ranger import ranger`", stacklevel=2)
     _check_opt_func(self.opt_func)
     if isinstance(self.opt_func, MultiTensorOptimizer): _take_built(self)
     else: _create_opt(self)
@@ -75,7 +82,7 @@ def create_opt(self:Learner):
     _restart_on_load(self)
 
 def _take_built(learn):
-    "Let `learn` have the optimizer that is its `opt_func`, as fastai does with an `OptimWrapper`"
+    "Use the optimizer that was passed as `opt_func`, as fastai does with an `OptimWrapper`"
     built = learn.opt_func
     built.clear_state()
     learn.opt_func = lambda params, lr: built
@@ -94,20 +101,21 @@ def __setstate__(self:Learner, state):
     if getattr(self, 'model', None) is not None: _restart_on_load(self)
 
 # %% ../nbs/learner.ipynb #27e4f162
-fit_flat_cos_of_fastai,_share = Learner.fit_flat_cos,hyper(lo=0, hi=1, closed=True)
+fit_flat_cos_of_fastai = Learner.fit_flat_cos
+_share = hyper(lo=0, hi=1, closed=True)
 
 @patch
 def fit_flat_cos(self:Learner,
-    n_epoch:int, # Number of epochs, those that are skipped included
-    lr=None, # Learning rate until the cosine begins; `None` for that of the `Learner`
-    div_final:float=1e5, # How many times smaller it is at the end
-    pct_start:float=.75, # Where the cosine begins, in [0, 1]
+    n_epoch:int, # Number of epochs, skipped ones included
+    lr=None, # Learning rate before the cosine; `None` for that of the `Learner`
+    div_final:float=1e5, # Divides `lr` for the last update
+    pct_start:float=.75, # Share of training before the cosine, in [0, 1]
     wd=None, # Weight decay; `None` for that of the `Learner`
     cbs=None, # Callbacks
     reset_opt=False, # Make a new optimizer?
-    start_epoch:int=0 # Epochs to skip: those of the run that is resumed
+    start_epoch:int=0 # Epoch to resume at
 ):
-    "fastai's `fit_flat_cos`, with a `start_epoch` that counts"
+    "fastai's `fit_flat_cos`, with a `start_epoch` that skips epochs"
     _share.check('pct_start', pct_start)
     if start_epoch: cbs = L(cbs) + SkipToEpoch(start_epoch)
     fit_flat_cos_of_fastai(self, n_epoch, lr, div_final, pct_start, wd, cbs, reset_opt)
@@ -115,15 +123,16 @@ def fit_flat_cos(self:Learner,
 # %% ../nbs/learner.ipynb #d60e409a
 @patch
 def fine_tune_flat_cos(self:Learner,
-    epochs:int, # Number of epochs with all of the net, from 1 on
-    base_lr:float=2e-3, # Rate of the frozen epochs; half of it is the head's after that
+    epochs:int, # Number of epochs with the whole model, from 1 on
+    base_lr:float=2e-3, # Learning rate of the frozen epochs; the head gets half of it afterwards
     freeze_epochs:int=1, # Number of epochs with the head alone
-    lr_mult:float=100, # How many times smaller the rate of the first layers is than the head's
-    pct_start:float=.75, # Where the cosine begins, in (0, 1)
+    lr_mult:float=100, # Learning rate of the head, divided by that of the first layers
+    pct_start:float=.75, # Share of training before the cosine, in [0, 1]
     **kwargs # Others, as for `fit_flat_cos`
 ):
-    "fastai's `fine_tune`, with flat-and-cosine in place of one-cycle"
-    for name,v,o in (('base_lr', base_lr, common['lr']), ('pct_start', pct_start, _share)): o.check(name, v)
+    "fastai's `fine_tune`, with `fit_flat_cos` in place of `fit_one_cycle`"
+    common['lr'].check('base_lr', base_lr)
+    _share.check('pct_start', pct_start)
     if not lr_mult > 0: raise ValueError(f"`lr_mult` must be above 0, got {lr_mult}")
     self.freeze()
     self.fit_flat_cos(freeze_epochs, slice(base_lr), pct_start=.99, **kwargs)
@@ -132,10 +141,10 @@ def fine_tune_flat_cos(self:Learner,
 
 # %% ../nbs/learner.ipynb #c1c3996e
 def ranger_lr(
-    lrs, # Rates tried, from low to high
+    lrs, # Learning rates, ascending
     losses, # Training loss at each
-    num_it # Number of rates
-)->tuple: # A rate, and the point of the curve to mark
+    num_it # Number of learning rates
+)->tuple: # A learning rate, and the point to mark in the plot
     "Suggestion of `lr_find` for `ranger` and `ranger_muon`: nine times fastai's `valley`"
     lr = 9*valley(lrs, losses, num_it)[0]
     i = min(int((lrs < lr).sum()), len(lrs)-1)
@@ -144,10 +153,10 @@ def ranger_lr(
 # %% ../nbs/learner.ipynb #92790aa3
 @patch
 def fit_ranger21(self:Learner,
-    n_epoch:int, # Number of epochs, those that are skipped included
+    n_epoch:int, # Number of epochs, skipped ones included
     lr=None, # Highest learning rate; `None` for that of the `Learner`
-    warmup:int=None, # Updates until it is reached, from 0 on; `None` for the usual
-    pct_start:float=.72, # Where the way down begins, in (0, 1]
+    warmup:int=None, # Updates of the warm-up, from 0 on; `None` for 2/(1-`sqr_mom`), or 22% if training is short
+    pct_start:float=.72, # Share of training before the warm-down, in (0, 1]
     lr_end:float=3e-5, # Learning rate of the last update
     wd=None, # Weight decay; `None` for that of the `Learner`
     cbs=None, # Callbacks
@@ -157,12 +166,15 @@ def fit_ranger21(self:Learner,
     "Fit for `n_epoch` with Ranger21's warm-up and warm-down"
     n = n_epoch*len(self.dls.train)
     if not 0 < pct_start <= 1: raise ValueError(f"`pct_start` must be in (0, 1], got {pct_start}")
-    if warmup is not None and not 0 <= warmup <= n: raise ValueError(f"`warmup` must be in [0, {n}], the number of updates, got {warmup}")
+    if warmup is not None and not 0 <= warmup <= n:
+        raise ValueError(f"`warmup` must be in [0, {n}], the number of updates, got {warmup}")
     if self.opt is None or reset_opt: self.create_opt()
     self.opt.set_hyper('lr', self.lr if lr is None else lr)
     hypers = self.opt.hypers
     if warmup is None:
         warmup = math.ceil(2/(1-hypers[0].get('sqr_mom', .999)))
         if warmup > .45*n: warmup = int(.22*n)
-    sched = partial(sched_ranger21, lr=np.array([h['lr'] for h in hypers]), n=n, warmup=warmup, warmdown=max(1, int(pct_start*n)), lr_end=lr_end)
+    lrs = np.array([h['lr'] for h in hypers])
+    warmdown = max(1, int(pct_start*n))
+    sched = partial(sched_ranger21, lr=lrs, n=n, warmup=warmup, warmdown=warmdown, lr_end=lr_end)
     self.fit(n_epoch, cbs=ParamScheduler(dict(lr=sched))+L(cbs), wd=wd, start_epoch=start_epoch)

@@ -8,6 +8,7 @@ from fastai_ranger.all import *
 import fastai_ranger.fixes # `summary`
 from fastai_ranger.steppers import *
 from fastai_ranger.compare.data import cnn, digits_dls
+from fastai_ranger.core.optimizer import named
 from torch import nn
 from fastai.learner import Learner
 
@@ -50,6 +51,14 @@ def test_unknown_hypers_are_refused(opt_func):
 def test_what_to_write():
     with pytest.raises(TypeError, match=r'ranger needs a learning rate: ranger\(params, lr=...\)'): ranger(params())
     with pytest.raises(TypeError, match=r'write `opt_func=lookahead\(Adam\)`'): learner(lookahead).create_opt()
+
+def test_unknown_keywords_are_refused():
+    "by the function that was called; one that takes `**kwargs` passes them on"
+    with pytest.raises(TypeError, match='^ranger has no parameter `wdd`: did you mean `wd`?'): ranger(params(), lr=.1, wdd=.1)
+    with pytest.raises(TypeError, match='^ranger_muon has no parameter `xyz`: known are lr, '): ranger_muon(params(), lr=.1, xyz=.1)
+    @named
+    def passes_on(params, lr, **kwargs): return MultiTensorOptimizer(params, sgd_step, lr=lr, **kwargs)
+    assert passes_on(params(), lr=.1, wdd=.2).hypers[0]['wdd']==.2
 
 def learner(opt_func): return Learner(digits_dls(), cnn(c_in=1), CrossEntropyLossFlat(), opt_func=opt_func)
 

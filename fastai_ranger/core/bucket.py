@@ -14,20 +14,20 @@ from .layout import *
 from .stepper import *
 
 # %% ../../nbs/core/bucket.ipynb #79fcf2c6
-plain_types = bool,int,float,str,type(None) # of state that parameters of a bucket share
+plain_types = bool,int,float,str,type(None) # of state values that all parameters of a bucket share
 
 def are_same(
     a, # A list
     b # Another
 )->bool:
-    "Do `a` and `b` hold the same objects?"
+    "Do `a` and `b` hold the same objects in the same order?"
     return len(a)==len(b) and all(map(is_, a, b))
 
 def store(
     states, # A dict for each parameter
-    values # By name, what a stepper returned
+    values # New state by name, as a stepper returns it
 ):
-    "Store what a stepper returned: a list or tuple holds one value for each, anything else is shared, `None` drops it"
+    "Store new state: a list or tuple has one value per parameter, any other value is shared, `None` drops the entry"
     for k,v in values.items():
         each = v if isinstance(v, (list,tuple)) else [v]*len(states)
         for s,o in zip(states, each):
@@ -35,13 +35,13 @@ def store(
             else: s[k] = o
 
 class Bucket:
-    "Parameters that are treated alike, with their states"
+    "Parameters with equal hypers, dtype, device and state names, and their states"
     def __init__(self,
-        group, # Number of the first parameter group with their hypers
+        group, # Index of the first parameter group with their hypers
         params, # Parameters
         grads, # Their gradients
         states, # A dict for each
-        index # Their places among all that have a gradient
+        index # Their positions among all parameters that have a gradient
     ):
         self.group = group
         self.params = params
@@ -58,7 +58,7 @@ class Bucket:
         self.same_layout = self._has_one_layout(local(grads))
 
     def _has_one_layout(self, grads):
-        "Have gradients and all tensors of state the strides of their parameters, without holes?"
+        "Do gradients and all tensors of state have the strides of their parameters, and are these dense?"
         dense = [torch.empty_like(p, device='meta') for p in self.local]
         wanted = strides(self.local)
         if strides(dense) != wanted or strides(grads) != wanted: return False
@@ -68,40 +68,40 @@ class Bucket:
         return True
 
     def _find(self):
-        "For each name, the values that the states hold now: a list"
+        "For each name, the current values in the states; `None` if the states differ in size"
         values = list(chain.from_iterable(map(dict.values, self.states)))
         n = len(self.names)
         if len(values) != n*len(self.states): return None
         return {k: values[i::n] for i,k in enumerate(self.names)}
 
     def _is_found(self, k, now):
-        "Is `now` the value that this bucket has found under `k`?"
+        "Is `now` unchanged from the values found under `k`?"
         if k in self.addresses: return addresses(now)==self.addresses[k]
         if isinstance(self.found[k][0], plain_types): return now==self.found[k]
         return are_same(now, self.found[k])
 
     @property
     def is_current(self)->bool:
-        "Do `states` hold the values that this bucket has put there, at the same addresses?"
+        "Are the values in `states` unchanged since the last step of this bucket?"
         now = self._find()
         return now is not None and all(self._is_found(k, v) for k,v in now.items())
 
     def _sharded(self, v):
-        "`v`, with what belongs to a sharded parameter sharded as that is"
+        "`v`, where each tensor is sharded as its parameter"
         if self.local is self.params or not isinstance(v, (list,tuple)): return v
         return list(map(shard_like, v, self.params))
 
     def run(self,
-        calls, # Steppers, each with the keywords of a `partial`
+        calls, # Pairs of a stepper and the keywords of its `partial`
         hypers, # Of the group
         grad, # Gradients of `params`
-        changed=False # Has a stepper made `grad`, rather than PyTorch?
-    )->list: # The gradients that the steppers leave: `grad` itself if they change nothing
-        "Call each stepper once for all `params`, and store the state they return"
+        changed=False # Did an earlier stepper replace `grad`?
+    )->list: # New gradients, or `grad` itself if no stepper returns any
+        "Call each stepper once for all `params`, and store the state that it returns"
         own = grad if self.local is self.params else local(grad)
         left,new = run_steppers(calls, self.local, own, self.values, hypers, self.same_layout, changed)
         for k,v in new.items():
-            if k in self.values and v is not None and isinstance(v, plain_types): # this bucket stays current
+            if k in self.values and v is not None and isinstance(v, plain_types): # keep this bucket current
                 for s in self.states: s[k] = v
                 self.values[k] = v
                 self.found[k] = [v]*len(self.states)

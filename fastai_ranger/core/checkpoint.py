@@ -18,7 +18,7 @@ from .declared import *
 _float_dtypes = torch.float16,torch.bfloat16,torch.float32,torch.float64
 
 def _check_shards(name, p, grad, fs):
-    "`ValueError` unless the steppers `fs` can step the part of `p` that a process holds"
+    "`ValueError` unless the steppers `fs` can step a shard of `p`"
     shape,placements = tuple(p.shape),p.placements
     of_grad = getattr(grad, 'placements', None)
     if of_grad != placements:
@@ -32,14 +32,14 @@ def _check_shards(name, p, grad, fs):
             "this one")
 
 def check_grad(
-    name, # What to call the parameter in a message
+    name, # Name of the parameter, for messages
     p, # Parameter
     grad, # Its gradient
     fs=() # Steppers of the optimizer
 ):
     "`ValueError` unless `fs` can step `p` with its gradient"
     shape = tuple(p.shape)
-    if grad.shape != p.shape or grad.device != p.device: # after `p.data = ...`, say
+    if grad.shape != p.shape or grad.device != p.device: # after `p.data = ...`, for example
         raise ValueError(f"cannot step {name}: it has shape {shape} on {p.device}, "
             f"its gradient {tuple(grad.shape)} on {grad.device}")
     if grad.layout is not torch.strided or grad.dtype is not p.dtype or p.dtype not in _float_dtypes:
@@ -52,7 +52,7 @@ def check_grad(
 
 # %% ../../nbs/core/checkpoint.ipynb #69f18dda
 def _wanted(v, like):
-    "Is `v` as `like`, and what it must be"
+    "Is `v` of the kind of `like`? And the kind, for the message"
     if isinstance(like, bool): return isinstance(v, bool),'True or False'
     if isinstance(like, Tensor) and not like.is_floating_point():
         return isinstance(v, Tensor) and not v.is_floating_point(),f'a tensor of {like.dtype}'
@@ -61,16 +61,16 @@ def _wanted(v, like):
     if isinstance(like, float): return isinstance(v, Real) and not isinstance(v, bool),'a number'
     if isinstance(like, int):
         return isinstance(v, Integral) and not isinstance(v, bool) and v >= 0,'a whole number from 0 on'
-    return True,'' # a list, say: a stepper's own affair
+    return True,'' # any other kind, such as a list, is not checked
 
 def check_value(
-    name, # Of the state, for the message
-    where, # The name of the parameter, for the message
+    name, # Name of the state, for the message
+    where, # Name of the parameter, for the message
     v, # The value
-    like, # What it must be like: a tensor, a number, or a flag
-    holder='the checkpoint' # Who has it, for the message
+    like, # A valid value: a tensor, a number, or a flag
+    holder='the checkpoint' # Source of the value, for the message
 ):
-    "`ValueError` unless `v` is as `like`: a tensor of its shape, a number, a whole number from 0 on, or a flag"
+    "`ValueError` unless `v` is of the kind of `like`: a tensor of its shape, a number, a count, or a flag"
     fits,what = _wanted(v, like)
     has = f"one of {v.dtype} ({v.layout})" if isinstance(v, Tensor) else repr(v)
     if not fits: raise ValueError(f"`{name}` of {where} must be {what}, {holder} has {has}")
@@ -79,21 +79,21 @@ def check_value(
 
 # %% ../../nbs/core/checkpoint.ipynb #5a1c0de2
 def check_state(
-    name, # What to call the parameter in a message
+    name, # Name of the parameter, for messages
     p, # A parameter
     state, # Its state
-    watched, # Names of state to look at, each with the stepper that starts it
-    drop='opt.state.pop(p)' # What drops the state of a parameter `p`, for the message
+    watched, # Pairs of a name of state to check and the stepper that starts it
+    drop='opt.state.pop(p)' # Code that drops the state of a parameter `p`, for the message
 ):
-    "`ValueError` unless what starts as a floating-point tensor shaped as `p` is one in `state`, and a count a count"
+    "`ValueError` unless floating-point tensors in `state` have the shape of `p`, and counts are whole numbers"
     shape,dtype = p.shape,p.dtype
-    for k,f in watched: # fast where all is well: it runs whenever a gradient comes or goes
+    for k,f in watched: # valid state must pass fast: this runs whenever a parameter gains or loses its gradient
         v = state.get(k)
         if v is None or isinstance(f.state[k], int) and type(v) is int and v >= 0: continue
         if isinstance(v, Tensor) and v.shape==shape and v.dtype is dtype and v.layout is torch.strided: continue
         like = f.start(k, p, state)
         if isinstance(like, Tensor):
-            if like.shape != shape or not like.is_floating_point(): continue # a stepper's own affair
+            if like.shape != shape or not like.is_floating_point(): continue # the stepper chose another kind of state
             if isinstance(v, Tensor) and v.shape != shape:
                 raise ValueError(f"cannot step {name}: it has shape {tuple(shape)}, its state `{k}` {tuple(v.shape)} "
                     f"in place of {tuple(shape)}. Make a new optimizer, or drop the state of this parameter `p` with {drop}")
@@ -101,14 +101,14 @@ def check_state(
         check_value(k, name, v, like, 'its state')
 
 # %% ../../nbs/core/checkpoint.ipynb #176deeaf
-notes_of_01 = {'replaced', 'edits', 'edited'} # state that version 0.1 kept
+notes_of_01 = {'replaced', 'edits', 'edited'} # names of state in checkpoints of version 0.1
 
 def check_containers(
-    sd, # What may be a checkpoint
-    n_groups, # Parameter groups of the optimizer
-    n_params # Its parameters
+    sd, # A checkpoint
+    n_groups, # Number of parameter groups of the optimizer
+    n_params # Number of its parameters
 ):
-    "`ValueError` unless `sd` has `state` and `hypers`, a list of dicts each, for as many parameters and groups"
+    "`ValueError` unless `sd` has a list `state` with a dict per parameter, and a list `hypers` with a dict per group"
     if not isinstance(sd, dict) or not {'state', 'hypers'} <= set(sd):
         has = f"has {sorted(map(str, sd))}" if isinstance(sd, dict) else f"is a {type(sd).__name__}"
         raise ValueError(f"a fastai optimizer's checkpoint has `state` and `hypers`, this one {has}")
@@ -121,31 +121,31 @@ def check_containers(
 def copied(
     v, # A value of a checkpoint
     p, # Its parameter
-    like=None # What it starts with
+    like=None # Its start value
 ):
-    "A copy of `v`; of a tensor one where `p` is, in the dtype of `like`"
+    "A copy of `v`; tensors are moved to the device of `p` and the dtype of `like`"
     if not isinstance(v, Tensor): return deepcopy(v)
     return v.detach().to(p.device, like.dtype if isinstance(like, Tensor) else v.dtype, copy=True)
 
 def fit_state(
-    name, # What to call the parameter in a message
+    name, # Name of the parameter, for messages
     p, # A parameter
     saved, # Its state in the checkpoint
     flags, # Its flags in the optimizer
-    declared # What the steppers of the optimizer declare
+    declared # `Declared` of the optimizer
 )->dict:
-    "What `p` takes of `saved`: the state of each stepper as a whole, or nothing; `ValueError` if it does not fit"
-    if not saved: return {} # never trained, and of a kind, perhaps, that cannot be
+    "The part of `saved` to load: all state of a stepper, or none if some is missing; `ValueError` if it does not fit"
+    if not saved: return {} # never trained: `p` may be of a dtype or layout that cannot be
     saved_flags = {k: v for k,v in saved.items() if isinstance(v, bool)}
     fresh = declared.fresh(p, {**flags, **saved_flags})
     for k in declared.starters.keys() & saved.keys(): check_value(k, name, saved[k], fresh.get(k, p))
     taken = saved.keys() - declared.starters.keys() - notes_of_01 | saved.keys() & declared.flags.keys()
     there = saved.keys()
-    if saved.get('replaced'): there = there - declared.anchored # dropped by version 0.1
-    if 'step' in fresh and 'step' not in there: there = set() # averages mean nothing without their count
+    if saved.get('replaced'): there = there - declared.anchored # version 0.1 had dropped them
+    if 'step' in fresh and 'step' not in there: there = set() # averages are useless without their count
     for f in declared.leaves:
         for part in set(f.state)-set(f.anchored), set(f.anchored):
-            if not part & fresh.keys() <= there: continue # not whole: it starts anew
+            if not part & fresh.keys() <= there: continue # incomplete: it starts anew
             optional = {k for k in part if f.state[k] is None}
             taken = taken | part & there & (fresh.keys() | optional)
     return {k: copied(saved[k], p, fresh.get(k)) for k in saved if k in taken}
@@ -154,5 +154,5 @@ def fit_state(
 def plain_hypers(
     groups # Hypers, a dict for each parameter group
 )->list: # Copies of them
-    "`groups` with numbers of Python instead of NumPy's"
+    "`groups` with Python's numbers instead of NumPy's"
     return [{k: v.item() if isinstance(v, np.generic) else v for k,v in o.items()} for o in groups]

@@ -14,23 +14,23 @@ def _scope(call): return call[0].scope
 
 # %% ../../nbs/core/declared.ipynb #6bf05866
 class Declared:
-    "What the steppers of an optimizer declare"
+    "All that the steppers of an optimizer declare"
     def __init__(self,
         cbs # Steppers, as `as_stepper` takes them
     ):
-        self.calls = [as_stepper(cb) for cb in cbs] # each with the keywords of a `partial`
+        self.calls = [as_stepper(cb) for cb in cbs] # pairs of a stepper and the keywords of its `partial`
         self.fs = [f for f,_ in self.calls]
-        self.leaves = [] # those of routes one by one
+        self.leaves = [] # steppers, with those inside routes
         self.starters = {} # for each name of state, the stepper that starts it
         self.anchored = set() # names of state
         self.flags = {} # for each name, the `flag`
-        self.routes = [] # names of the flags by which parameters are routed
+        self.routes = [] # names of the flags that route parameters
         self.ranges = [common] # of hypers
         self.options = {} # for each name, the range
-        self.settled = {} # options that a `partial` gives
-        self.guests = [f for f in self.fs if f.is_guest] # which hold an optimizer of PyTorch
+        self.settled = {} # options set by a `partial`
+        self.guests = [f for f in self.fs if f.is_guest] # steppers of `from_torch`
         for f,settled in self.calls: self._add(f, settled)
-        self.phases = [] # steppers of one scope that follow each other
+        self.phases = [] # runs of steppers with one scope
         for scope,calls in groupby(self.calls, _scope): self.phases.append((scope, list(calls)))
         self.watched = self._to_watch()
 
@@ -45,7 +45,7 @@ class Declared:
         for o in (*f.all_settled, settled): self.settled.update(o)
 
     def _to_watch(self):
-        "The state that must fit its parameter before a step: tensors, and the counts that fused kernels take"
+        "The state to check before a step: tensors, and the counts that fused kernels take"
         counts = set()
         for f in self.leaves:
             if f.dense: counts.update(k for k,start in f.state.items() if isinstance(start, int))
@@ -56,7 +56,7 @@ class Declared:
         return list(res.values())
 
     @property
-    def is_contested(self): # do two steppers start one state in different ways?
+    def is_contested(self): # do two steppers have different start values for one state?
         return len({k for k,_ in self.watched}) < len(self.watched)
 
     @property
@@ -67,7 +67,7 @@ class Declared:
         k, # Its name
         v # A value
     ): # `v`, as Python's number
-        "`ValueError` unless all steppers allow `v` for hyper `k`"
+        "`ValueError` unless `v` is in the range that each stepper declares for hyper `k`"
         v = as_python(v)
         for o in self.ranges:
             if k in o: v = o[k].check(k, v)
@@ -77,9 +77,9 @@ class Declared:
 
     def fresh(self,
         p, # A parameter
-        state # The state it has: its flags count
+        state # The state it has; only its flags are used
     )->dict:
-        "All declared state of `p` as it starts"
+        "Start values of all declared state of `p`"
         res = {k: v for k,v in state.items() if k in self.flags}
         for k,f in self.starters.items():
             value = f.start(k, p, res) if k not in res else None
@@ -87,10 +87,10 @@ class Declared:
         return res
 
     def start(self,
-        rows # Parameters, each with its state
+        rows # Pairs of a parameter and its state
     ):
-        "Start the state that is lacking, and move what there is to where its parameter is now"
-        for k,f in self.starters.items(): # by name: one kind side by side in memory makes large steps 5% faster
+        "Add missing state, and move existing state to the dtype and device of its parameter"
+        for k,f in self.starters.items(): # name by name: tensors of one name are adjacent in memory, which is faster
             for p,state in rows:
                 v = state.get(k)
                 if v is None:
@@ -98,7 +98,7 @@ class Declared:
                     if new is not None: state[k] = new
                 elif isinstance(v, Tensor) and (v.dtype,v.device) != (p.dtype,p.device):
                     like = f.start(k, p, state)
-                    dropped = like is None and f.state[k] is not None # not kept for such a parameter
+                    dropped = like is None and f.state[k] is not None # the parameter needs no such state
                     if dropped: del state[k]
                     else: state[k] = v.to(p.device, like.dtype if isinstance(like, Tensor) else p.dtype)
 
@@ -106,7 +106,7 @@ class Declared:
         p, # A parameter
         state # Its state
     )->dict:
-        "A copy of `state`, with the anchored state that it lacks"
+        "A copy of `state`, with start values for missing anchored state"
         res = dict(state)
         for k in self.starters:
             if k not in self.anchored or k in res: continue

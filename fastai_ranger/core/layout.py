@@ -13,14 +13,14 @@ from torch.nn import Parameter
 # %% ../../nbs/core/layout.ipynb #9d094a67
 def strides(
     ts # Tensors
-)->list: # The strides of each; `None` if one has none, as a sparse tensor
+)->list: # Strides of each; `None` if one has none, such as a sparse tensor
     "The strides of `ts`"
     try: return list(map(Tensor.stride, ts))
     except RuntimeError: return None
 
 def addresses(
     ts # Anything
-)->list: # Where each is in memory; `None` if one is no tensor, or sparse
+)->list: # Address of each; `None` if one is sparse or no tensor
     "The addresses of `ts`"
     try: return list(map(Tensor.data_ptr, ts))
     except (TypeError, RuntimeError): return None
@@ -35,8 +35,8 @@ def are_strided(
 # %% ../../nbs/core/layout.ipynb #d0817845
 def in_strides(
     ts, # Tensors
-    like # Tensors of the same shapes, without holes in memory
-)->list: # `ts`, and copies of those that lie differently
+    like # Dense tensors of the same shapes
+)->list: # `ts`, with copies of those in other strides
     "`ts` in the strides of `like`"
     res = []
     for t,o in zip(ts, like):
@@ -46,24 +46,24 @@ def in_strides(
 
 def copy_back(
     ts, # Tensors
-    copies # What `in_strides` made of them
+    copies # Result of `in_strides`
 ):
-    "Copy into `ts` what was done to their copies"
+    "Copy the values of `copies` back into `ts`"
     for t,c in zip(ts, copies):
         if t is not c: t.copy_(c)
 
 # %% ../../nbs/core/layout.ipynb #43ae7c6b
 def local(
     ts # Tensors
-)->list: # Tensors that are no `DTensor`
-    "Of each of `ts` the part that this process holds: a shard of what is sharded, else the tensor itself"
+)->list: # Plain tensors
+    "The local shard of each `DTensor` in `ts`; other tensors are returned as they are"
     if {*map(type, ts)} <= {Tensor, Parameter}: return ts
     return [o.to_local() if hasattr(o, 'to_local') else o for o in ts]
 
 def shard_like(
-    t, # A part of this process, or a value that is no tensor
+    t, # A local shard, or a value other than a tensor
     p # A parameter, sharded or not
 ):
-    "`t` as a `DTensor` sharded as `p` is; `t` itself if `p` is not sharded"
+    "`t` as a `DTensor` with the sharding of `p`; `t` itself if `p` is not sharded"
     if not hasattr(p, 'to_local') or not isinstance(t, Tensor): return t
     return type(p).from_local(t, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())

@@ -19,17 +19,17 @@ from .optimizer import *
 # %% ../../nbs/core/lookahead.ipynb #fd59d9ec
 @stepper(state=dict(slow=torch.clone, slow_step=0, fast=None), anchored=('slow', 'slow_step', 'fast'))
 def slow_weights(p, grad, slow_step,
-    fast=None, # Fast weights, if `p` holds the slow ones for the moment
+    fast=None, # Fast weights, while `p` holds the slow ones
     **kwargs
 )->dict: # `slow_step`
-    "Keep a copy of `p` from before its first update in `state`"
+    "Count updates, and restore the fast weights after `to_slow`; `slow` starts as a copy of `p`"
     if not fast: return dict(slow_step=slow_step+1)
     torch._foreach_copy_(p, fast)
     return dict(slow_step=slow_step+1, fast=None)
 
 # %% ../../nbs/core/lookahead.ipynb #11151d89
 def _synchronise(p, slow, alpha):
-    "Move `slow` `alpha` of the way to `p` and `p` there, which is all the way back where `p` is not finite"
+    "Interpolate `slow` towards `p` by `alpha` and copy the result to `p`; `slow` is kept for non-finite values of `p`"
     def lie_alike(): return strides(p)==strides(slow) and list(map(torch.Tensor.size, p))==list(map(torch.Tensor.size, slow))
     if p[0].is_cuda and lie_alike():
         follow(p, slow, alpha)
@@ -44,7 +44,7 @@ def _synchronise(p, slow, alpha):
 # %% ../../nbs/core/lookahead.ipynb #bc10bc0c
 @stepper(hypers=dict(k=hyper(6, 1, whole=True), alpha=hyper(.5, 0, 1, closed=True)), syncs=True)
 def lookahead_step(p, grad, slow, slow_step, k, alpha, **kwargs):
-    "Every `k` updates, move the slow weights `alpha` of the way to `p`, and `p` there"
+    "Every `k` updates, interpolate the slow weights towards `p` by `alpha`, and copy them to `p`"
     if not slow_step%k: _synchronise(p, slow, alpha)
 
 # %% ../../nbs/core/lookahead.ipynb #9a942217
@@ -55,7 +55,7 @@ def has_slow_weights(self:MultiTensorOptimizer)->bool:
 
 @patch
 def _with_slow_weights(self:MultiTensorOptimizer):
-    "Parameter, state and hypers, for each that has slow weights and is not frozen"
+    "Parameter, state and hypers of each parameter that has slow weights and is not frozen"
     if not self.has_slow_weights:
         raise ValueError("this optimizer keeps no slow weights: a stepper such as `slow_weights` is missing")
     res = []
@@ -70,7 +70,7 @@ def _with_slow_weights(self:MultiTensorOptimizer):
 @patch
 @torch.no_grad()
 def to_slow(self:MultiTensorOptimizer):
-    "Put the slow weights into the parameters, until `to_fast` or the next update"
+    "Load the slow weights into the parameters, until `to_fast` or the next update"
     for p,s,_ in self._with_slow_weights():
         if 'fast' in s: continue
         s['fast'] = p.detach().clone()
@@ -79,25 +79,25 @@ def to_slow(self:MultiTensorOptimizer):
 @patch
 @torch.no_grad()
 def to_fast(self:MultiTensorOptimizer):
-    "Put the fast weights back into the parameters"
+    "Load the fast weights back into the parameters"
     for p,s,_ in self._with_slow_weights():
         if 'fast' in s: p.copy_(s.pop('fast'))
 
 @patch
 @torch.no_grad()
 def sync(self:MultiTensorOptimizer):
-    "Synchronise now, and begin a new cycle; after `to_slow`, the parameters stay as they are"
+    "Synchronise now, and start a new cycle; after `to_slow`, the parameters do not change"
     rows = self._with_slow_weights()
     calls = [(f, settled) for f,settled in self.declared.calls if f.syncs]
     if not calls:
         raise ValueError("no stepper of this optimizer synchronises: declare the one that does with @stepper(..., syncs=True)")
     for p,state,hypers in rows:
-        moved = 'fast' in state or not torch.equal(*local([p, state['slow']])) # as after another `k`, or clipping
+        moved = 'fast' in state or not torch.equal(*local([p, state['slow']])) # after clipping, for example
         count = state['slow_step']
-        state['slow_step'] = 0 # of which any `k` is a divisor
+        state['slow_step'] = 0 # a multiple of every `k`
         for f,settled in calls:
             own = {**settled, **hypers}
-            if not moved and count%own['k']==0: continue # it has just synchronised
+            if not moved and count%own['k']==0: continue # already synchronised
             values = dict(state)
             for k,v in state.items():
                 if isinstance(v, torch.Tensor): values[k] = local([v])

@@ -9,6 +9,7 @@ __all__ = ['most_numbers', 'MultiTensorOptimizer', 'ranges_of', 'named']
 import torch
 from collections import defaultdict
 from collections.abc import Iterable
+from difflib import get_close_matches
 from fastcore.all import L,merge
 from fastcore.docments import docments
 from fastai.optimizer import Optimizer
@@ -26,10 +27,10 @@ from .checkpoint import *
 from .bucket import *
 
 # %% ../../nbs/core/optimizer.ipynb #8e3731fd
-most_numbers = 2**24 # in a bucket on a CPU, about: what a stepper allocates for it stays small
+most_numbers = 2**24 # in a bucket on a CPU, to limit the memory of temporaries
 
 def _same_numbers(a, b):
-    "Have `a` and `b` the same numbers, of the same kind and in the same place?"
+    "Are `a` and `b` equal in values, shape, dtype and device?"
     if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device): return False
     return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
@@ -45,7 +46,7 @@ def _groups_of(params):
     return groups
 
 def _bind(cbs, groups, hypers):
-    "`cbs`, in which those that hold an optimizer of PyTorch hold one of these parameters"
+    "`cbs`, where each stepper of `from_torch` holds an optimizer of `groups`"
     declared = Declared(cbs)
     if not declared.guests: return cbs
     others = set()
@@ -54,13 +55,13 @@ def _bind(cbs, groups, hypers):
     return L(cb.bind(groups, hypers, others) if f.is_guest else cb for cb,f in zip(cbs, declared.fs))
 
 class MultiTensorOptimizer(Optimizer):
-    "An `Optimizer` that calls each stepper of `cbs` once for all parameters that are treated alike"
-    how_to_drop = 'opt.state.pop(p)' # what drops the state of a parameter, for messages
+    "An `Optimizer` that calls each stepper of `cbs` once for all parameters of one bucket"
+    how_to_drop = 'opt.state.pop(p)' # code that drops the state of a parameter, for messages
 
     def __init__(self,
         params, # Parameters, or lists of them: one list for each parameter group
-        cbs, # Steppers: these, fastai's, or your own
-        **defaults # Hypers, one value for all groups; those not given have the `defaults` of `cbs`
+        cbs, # Steppers: of this package, of fastai, or your own
+        **defaults # Hypers, one value for all groups or a list; the defaults of `cbs` otherwise
     ):
         groups = _groups_of(params)
         cbs = L(cbs)
@@ -86,7 +87,7 @@ class MultiTensorOptimizer(Optimizer):
     def _check_needs(self):
         "`ValueError` unless each stepper gets what it needs"
         declared = self.declared
-        if any(f.scope=='each' for f in declared.fs): return # which may put anything into the state
+        if any(f.scope=='each' for f in declared.fs): return # fastai's steppers may add any state
         for f,settled in declared.calls:
             if lacks := f.needs - {*settled, *self.hypers[0], *declared.starters}:
                 names = ', '.join(f'`{o}`' for o in sorted(lacks))
@@ -100,7 +101,7 @@ class MultiTensorOptimizer(Optimizer):
         self.__dict__.update(d)
         self._declare(self.cbs)
 
-    def named_params(self)->list: # A name for each parameter, for messages, and the parameter
+    def named_params(self)->list: # Pairs of a name for messages and a parameter
         res = []
         for i,pg in enumerate(self.param_lists): res += [(f"parameter {j} of group {i}", p) for j,p in enumerate(pg)]
         return res
@@ -118,7 +119,7 @@ class MultiTensorOptimizer(Optimizer):
     def hypers(self, v): self._hypers = v
 
     def set_hypers(self, **kwargs):
-        "Set several hypers, or none of them if one is refused"
+        "Set several hypers; if one is refused, set none"
         old = L(map(dict, self.hypers))
         try: super().set_hypers(**kwargs)
         except Exception:
@@ -126,7 +127,7 @@ class MultiTensorOptimizer(Optimizer):
             raise
 
     def set_hyper(self, k, v):
-        "Set hyper `k` to `v`: a value for all groups, or a list or slice with one for each"
+        "Set hyper `k` to `v`: one value for all groups, or a list or slice with one value per group"
         if k in self.declared.options.keys() - self.names:
             raise ValueError(f"`{k}` is an option, fixed when the optimizer is made: no hyper that can be set")
         check_name(k, self.names)
@@ -138,7 +139,7 @@ class MultiTensorOptimizer(Optimizer):
         self._checked = list(map(dict, self.hypers))
 
     def _check_hypers(self):
-        "Check what was written into `hypers` since they were checked, as by `h['lr'] /= 10`"
+        "Check the values that were written into `hypers` since the last check, for example by `h['lr'] /= 10`"
         hypers = self.hypers
         if len(self._checked) != len(hypers): self._checked = [{} for _ in hypers]
         for h,old in zip(hypers, self._checked):
@@ -151,7 +152,7 @@ class MultiTensorOptimizer(Optimizer):
         name, # Of a flag
         p # A parameter
     )->bool:
-        "Has `p` the flag?"
+        "Does `p` have the flag?"
         state = self.state.get(p, {})
         return state[name] if name in state else self.declared.flags[name].of(p)
 
@@ -165,9 +166,9 @@ class MultiTensorOptimizer(Optimizer):
     def set_flag(self,
         name, # Of a flag
         params, # Parameters
-        value:bool # Shall they have it?
+        value:bool # Should they have it?
     ):
-        "Set a flag of `params`; where that sends one to other steppers, its state begins anew"
+        "Set a flag of `params`; state is dropped if the parameter is routed to other steppers"
         if value:
             for p in params: self.declared.flags[name].check("a parameter", p)
         for p in params:
@@ -180,9 +181,9 @@ class MultiTensorOptimizer(Optimizer):
     def select_flag(self,
         name, # Of a flag
         model:nn.Module, # The model
-        select # A function of the model: the parameters that have the flag, or a dict of them
+        select # Function of the model that returns the parameters with the flag, or a dict of them
     ):
-        "Give a flag to the parameters that `select` returns, and to no others of `model`; `ValueError` if that cannot be"
+        "Set a flag for the parameters that `select` returns, and clear it for all others of `model`"
         found = select(model)
         if isinstance(found, dict): found = found.values()
         names = {p: k for k,p in model.named_parameters()}
@@ -200,14 +201,14 @@ class MultiTensorOptimizer(Optimizer):
     def set_flags(self,
         model:nn.Module # The model
     ):
-        "Let `model` say which of its parameters have which flag, by `select` of each flag"
+        "Set each flag that has a `select` function from `model`"
         for name,o in self.declared.flags.items():
             if o.select: self.select_flag(name, model, o.select)
 
     # Buckets
 
-    def buckets(self)->list: # `Bucket`s, in the order of their first parameters
-        "The parameters that have a gradient, in buckets: those of the last step, while nothing they depend on changes"
+    def buckets(self)->list: # `Bucket`s, ordered by their first parameter
+        "The buckets of all parameters that have a gradient; those of the last step if they are still valid"
         return self._take_buckets(*self._with_grad())
 
     def _with_grad(self):
@@ -221,7 +222,7 @@ class MultiTensorOptimizer(Optimizer):
     def _take_buckets(self, ps, grads):
         if self._before: self._forget(ps)
         last = self._last if self._last and are_same(ps, self._last.params) else None
-        flat = last.flat if last else [p for p in ps if 1 in p.shape] # where strides and count do not tell the shape
+        flat = last.flat if last else [p for p in ps if 1 in p.shape] # strides and size do not determine their shapes
         now = self._fingerprint(ps, grads, flat)
         states = list(self.state.values())
         if last and now==last.fingerprint and are_same(states, last.states):
@@ -232,7 +233,7 @@ class MultiTensorOptimizer(Optimizer):
         return buckets
 
     def _fingerprint(self, ps, grads, flat):
-        "What buckets depend on, besides state: the groups of equal hypers, and how parameters and gradients lie in memory"
+        "A key of the buckets: groups with equal hypers, and the memory layout of parameters and gradients"
         here = local(ps)
         if here is not ps: grads = local(grads)
         groups = list(zip(self._equal_groups(), map(len, self.param_lists)))
@@ -240,7 +241,7 @@ class MultiTensorOptimizer(Optimizer):
         return groups,params,[g.dtype for g in grads],list(map(Tensor.numel, grads)),strides(grads)
 
     def _equal_groups(self):
-        "For each group, the first one with equal hypers"
+        "For each group, the index of the first group with equal hypers"
         hypers = list(self.hypers)
         return list(map(hypers.index, hypers))
 
@@ -262,8 +263,8 @@ class MultiTensorOptimizer(Optimizer):
         check_state(name, p, self.state.get(p, {}), self.declared.watched, self.how_to_drop)
 
     def _divide(self, ps, grads, groups):
-        "Buckets of `ps`, which have the hypers of `groups`"
-        open = {} # the bucket that is being filled, for each way of being alike
+        "Divide `ps` into buckets; `groups` has the group of each"
+        open = {} # for each key, the bucket that is being filled
         sizes = {}
         parts = []
         for i,(p,grad,group) in enumerate(zip(ps, grads, groups)):
@@ -284,10 +285,10 @@ class MultiTensorOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self,
-        closure=None # Function that makes the gradients, and returns the loss
-    ): # What `closure` returned
-        "Update every parameter that has a gradient"
-        if torch.compiler.is_compiling(): # the lists that are kept cannot be part of a graph
+        closure=None # Function that computes the gradients and returns the loss
+    ): # The loss, if there is a `closure`
+        "Update all parameters that have a gradient"
+        if torch.compiler.is_compiling(): # the cached lists cannot be part of a graph
             return torch.compiler.disable(self.step)(closure)
         loss = None
         if closure is not None:
@@ -295,13 +296,13 @@ class MultiTensorOptimizer(Optimizer):
             closure = partial(_replay, closure, [loss])
         self._check_hypers()
         ps,grads = self._with_grad()
-        buckets = self._take_buckets(ps, grads) # raises if a gradient or state cannot be stepped
-        changed = {} # gradients that steppers have made
+        buckets = self._take_buckets(ps, grads) # raises an error for a bad gradient or state
+        changed = {} # gradients that steppers replaced
         for i,(scope,calls) in enumerate(self.declared.phases):
             if scope=='each': self._run_each(calls, ps, grads, changed)
             elif scope=='all': self._run_all(calls, ps, grads, changed, closure)
             else:
-                if i: buckets = self._take_buckets(ps, grads) # the phase before may have changed state
+                if i: buckets = self._take_buckets(ps, grads) # the previous phase may have changed state
                 for b in buckets: self._run_bucket(b, calls, grads, changed)
         return loss
 
@@ -329,8 +330,8 @@ class MultiTensorOptimizer(Optimizer):
             store([self.state[p] for p in ps], res)
 
     def _run_each(self, calls, ps, grads, changed):
-        "Call steppers of one tensor, which find the gradient in `p.grad`"
-        self._last = None # they may put anything into the states
+        "Call steppers of scope `each`, which read `p.grad`"
+        self._last = None # they may change any state
         own = dict(zip(ps, grads))
         for p,grad,state,hypers in self._rows(ps, grads, changed):
             try:
@@ -341,18 +342,18 @@ class MultiTensorOptimizer(Optimizer):
                 if p.grad is not own[p]: changed[p] = p.grad
             finally: p.grad = own[p]
 
-    # What a `Learner` does besides
+    # Other methods that a `Learner` calls
 
     def zero_grad(self,
-        set_to_none=True # Drop the gradients, rather than set them to zero?
+        set_to_none=True # Set gradients to `None` instead of zero?
     ):
-        "Drop all gradients"
+        "Reset all gradients"
         for p in self._params:
             if set_to_none: p.grad = None
             elif p.grad is not None: p.grad.detach_().zero_()
 
     def freeze_to(self, n:int):
-        "Freeze the first `n` groups (if negative, all but the last `-n`), except parameters with `force_train`"
+        "Freeze the first `n` groups (all but the last `-n` if `n` is negative), except parameters with `force_train`"
         super().freeze_to(n)
         for p in self._params:
             if not p.requires_grad: p.grad = None
@@ -362,14 +363,14 @@ class MultiTensorOptimizer(Optimizer):
         super().clear_state()
         for f in self.declared.guests: f.clear()
         self._last = None
-        self._before = {} # which hold tensors
+        self._before = {}
 
-    # Weights that are loaded
+    # Loading of weights
 
     def restart(self,
         params=None # Parameters, or `None` for all
     ):
-        "Begin anew from the weights there are now: drop the state that means nothing without those it was made for"
+        "Restart from the current weights: drop the anchored state, such as slow weights, which depends on the old ones"
         params = self._params if params is None else list(params)
         self._forget(params)
         self._drop_anchored(params)
@@ -383,7 +384,7 @@ class MultiTensorOptimizer(Optimizer):
         for p in params: self._before.pop(p, None)
 
     def before_load(self,
-        params # Parameters that are about to be loaded; what is not in this optimizer does not matter
+        params # Parameters about to be loaded; those of other optimizers are ignored
     ):
         "Keep weights and state of `params` for `after_load`, unless other weights were loaded since the last step"
         for p in params:
@@ -397,10 +398,10 @@ class MultiTensorOptimizer(Optimizer):
     def after_load(self,
         params # Parameters that may have been loaded
     ):
-        "Begin anew with those of `params` that were given other weights; go on with those that have theirs, or again"
+        "Drop the anchored state of `params` whose weights changed; restore it if their old weights were loaded again"
         for p in params:
             known = self._before.get(p)
-            if known is None: # nothing to drop, or loaded without `before_load`
+            if known is None: # no anchored state, or no call of `before_load`
                 if self._has_anchored(p): self._drop_anchored([p])
                 continue
             known['is_back'] = _same_numbers(local([p])[0], known['weights'])
@@ -413,13 +414,13 @@ class MultiTensorOptimizer(Optimizer):
     # Checkpoints
 
     def state_dict(self):
-        "State of each parameter and hypers of each group; what `restart` has dropped is saved as it would start now"
+        "State of each parameter and hypers of each group; state dropped by `restart` has its start value"
         sd = self.unpacked_state_dict()
         for f in self.declared.guests: sd = f.pack(self, sd)
         return sd
 
     def unpacked_state_dict(self):
-        "`state_dict`, with the state of a PyTorch optimizer beside the rest"
+        "`state_dict` in fastai's form, even with a stepper of `from_torch`"
         states = []
         for p in self._params:
             state = self.state[p]
@@ -429,7 +430,7 @@ class MultiTensorOptimizer(Optimizer):
     def _was_trained(self, state): return bool(set(state) - set(self._keep_on_clear))
 
     def load_state_dict(self, sd:dict):
-        "Take over hypers and state from a copy of `sd`, of any optimizer of fastai; `ValueError` before anything is changed"
+        "Load hypers and state from `sd`, a checkpoint of any fastai optimizer; `ValueError` before any change"
         try:
             for f in self.declared.guests: sd = f.unpack(self, sd)
             hypers,states,lacks = self.check_state_dict(sd)
@@ -446,14 +447,14 @@ class MultiTensorOptimizer(Optimizer):
         for f in self.declared.guests: f.loaded(self)
 
     def check_state_dict(self, sd:dict)->tuple: # Hypers, states, and names of the state that `sd` lacks
-        "What `sd` holds, as this optimizer would have it; `ValueError` if it does not fit. Nothing is changed"
+        "Convert `sd` for this optimizer, without any change to it; `ValueError` if `sd` does not fit"
         named = self.named_params()
         check_containers(sd, len(self.hypers), len(named))
         hypers = []
         for old,saved in zip(self.hypers, sd['hypers']):
             hypers.append({k: self.declared.check_hyper(k, v) for k,v in {**old, **saved}.items()})
         states = []
-        needed = set() # state of those that were trained
+        needed = set() # names of state that trained parameters have
         for (name,p),saved in zip(named, sd['state']):
             kept = {k: v for k,v in self.state[p].items() if k in self._keep_on_clear}
             states.append({**kept, **fit_state(name, p, saved, kept, self.declared)})
@@ -461,7 +462,7 @@ class MultiTensorOptimizer(Optimizer):
         lacks = needed.difference(*states) - self.declared.flags.keys()
         return hypers,states,[f'`{k}`' for k in self.declared.starters if k in lacks]
 
-    # What it says of itself
+    # Representation
 
     def __repr__(self):
         names = ', '.join(f.__name__ for f in self.declared.fs)
@@ -474,7 +475,7 @@ class MultiTensorOptimizer(Optimizer):
         return f"{name}({', '.join(said)}; {'; '.join(self._facts())})"
 
     def _facts(self):
-        "Counts of groups and parameters, how they are routed, and how far training is"
+        "Number of groups and parameters, share of each route, and training progress"
         ps = self._params
         facts = [f"{_count(len(self.param_lists), 'group')}, {_count(len(ps), 'tensor')}"]
         total = sum(p.numel() for p in ps if not is_lazy(p))
@@ -493,20 +494,20 @@ class MultiTensorOptimizer(Optimizer):
         return facts
 
 def _replay(closure, losses):
-    "Call `closure`, whose first value is known"
+    "Return the known loss at the first call, and call `closure` at later ones"
     if losses: return losses.pop()
     with torch.enable_grad(): return closure()
 
 def _alike(state):
-    "What parameters of one bucket have in common: names of state, and values that are no tensors"
+    "The part of `state` that parameters of one bucket share: names, and values other than tensors"
     return tuple((k,v) if isinstance(v, plain_types) else (k,) for k,v in state.items())
 
-_first = 'lr','mom','sqr_mom','eps','wd','k','alpha' # hypers in the order in which they are shown, before all others
+_first = 'lr','mom','sqr_mom','eps','wd','k','alpha' # hypers that are shown first
 
 def _place(k): return _first.index(k) if k in _first else len(_first)
 
 def _shown(vs):
-    "One value for all groups, or all of them"
+    "One value if all groups have the same, otherwise a list"
     texts = [f'{o:.6g}' if isinstance(o, float) else repr(o) for o in vs]
     return texts[0] if len(set(texts))==1 else f"[{', '.join(texts)}]"
 
@@ -516,12 +517,12 @@ def _count(n, what): return f"{n} {what}{'s'*(n != 1)}"
 def ranges_of(
     opt_func # A function of `params` and `lr` that makes an optimizer
 )->dict: # A `hyper` for each name
-    "The ranges of the parameters of `opt_func`, as the steppers of what it makes declare them"
+    "The ranges of hypers and options that the optimizer of `opt_func` declares"
     with torch.random.fork_rng(devices=[]): opt = opt_func([Parameter(torch.zeros(2, 2))], lr=0.)
     return merge(opt.declared.options, *opt.declared.ranges)
 
 def _help(f):
-    "The docstring of `f`, with its parameters"
+    "The docstring of `f`, with a list of its parameters and their ranges"
     first,*rest = (f.__doc__ or '').split('\n\n', 1)
     ranges = ranges_of(f)
     lines = []
@@ -531,16 +532,26 @@ def _help(f):
         lines.append(f"    {k}: {what}" + (f", {kind}" if kind and kind is not switch else ''))
     return '\n\n'.join([first, 'Parameters:\n' + '\n'.join(lines), *map(cleandoc, rest)])
 
+def _check_keywords(name, given, known):
+    "`TypeError` if one of the keywords `given` is no parameter of the function `name`"
+    for k in given:
+        if k in known: continue
+        near = get_close_matches(k, known, 1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
+        raise TypeError(f"{name} has no parameter `{k}`: {hint}")
+
 def named(
     f # A function of `params` and `lr` that makes an optimizer
 ):
-    "Decorator: what `f` makes has its name, a call without `lr` says what to write, and switches are `True` or `False`"
+    "Decorator: name the optimizers that `f` makes, check keywords, `lr` and switches, and list ranges in the docstring"
     params = signature(f).parameters
     names = [k for k in params if k != 'params']
     switches = {k for k,o in params.items() if isinstance(o.default, bool)}
+    takes_more = any(o.kind is o.VAR_KEYWORD for o in params.values())
     name = f.__name__
     @wraps(f)
     def make(params, *args, **kwargs):
+        if not takes_more: _check_keywords(name, kwargs, names)
         given = {**dict(zip(names, args)), **kwargs}
         for k in switches & given.keys(): switch.check(k, given[k])
         if 'lr' not in given:

@@ -10,10 +10,10 @@ from .stepper import *
 
 # %% ../../nbs/core/route.ipynb #8b1e69a4
 class Route(Stepper):
-    "Two lists of steppers: one for the parameters that have a flag, one for the others"
+    "A stepper of two lists of steppers: one for parameters with a flag, one for the others"
     def __init__(self,
-        name, # Of the flag
-        yes, # Steppers for those that have it
+        name, # Name of the flag
+        yes, # Steppers for parameters with the flag
         no, # Steppers for the others
         role # The `flag`
     ):
@@ -23,7 +23,7 @@ class Route(Stepper):
         self.given = yes,no
         self.branches = {True: list(map(as_stepper, yes)), False: list(map(as_stepper, no))}
         self.scope = 'alike'
-        self.dense = False # each stepper looks after its own layout
+        self.dense = False # each stepper handles its own strides
         self.shards = 'any'
         self.syncs = False
         self.options = {}
@@ -37,7 +37,7 @@ class Route(Stepper):
         self.needs = set()
         for f,settled in self.branches[True] + self.branches[False]: self._add(f, settled)
 
-    leaves = None # instead of the property
+    leaves = None # an attribute, in place of the property of `Stepper`
 
     def _add(self, f, settled):
         if f.scope != 'alike':
@@ -56,13 +56,13 @@ class Route(Stepper):
         return self.branches[state[self.name] if self.name in state else self.role.of(p)]
 
     def start(self, k, p, state):
-        "As for any stepper, for those that step `p`"
+        "The start value of state `k` of `p`, by the steppers for `p`"
         if k==self.name: return self.role.of(p)
         for f,_ in self._branch(p, state):
             if k in f.state: return f.start(k, p, state)
 
     def run(self, p, grad, state, hypers=None, settled=None, same_layout=False):
-        "As for any stepper"
+        "Run the steppers for these parameters, which agree in the flag"
         given = {**state, **(settled or {})}
         left,new = run_steppers(self.branches[given[self.name]], p, grad, given, hypers or {}, same_layout)
         return new if left is grad else {**new, 'grad': left}
@@ -73,12 +73,12 @@ class Route(Stepper):
 
 def route(
     name:str, # Name of the flag, such as `do_muon`
-    yes:list, # Steppers for the parameters that have the flag
+    yes:list, # Steppers for parameters with the flag
     no:list, # Steppers for the others
-    by, # Function of a parameter, or `True` or `False`: has it the flag, if its state does not say?
-    select=None, # Function of a model: the parameters that have the flag, or a dict of them; a `Learner` asks it
-    allowed=None, # Function of a parameter: may it have the flag? `None` for any
-    why='' # Why others may not, for the message
+    by, # Default if the state has no value: `True`, `False`, or a function of the parameter
+    select=None, # Function of a model that returns the parameters with the flag, or a dict of them
+    allowed=None, # Function of a parameter: may it have the flag? `None` allows all
+    why='' # Reason why others may not have it, for the message
 )->Route:
-    "A stepper that sends each parameter to one of two lists of steppers"
+    "A stepper that routes each parameter to one of two lists of steppers"
     return Route(name, yes, no, flag(by, select, allowed, why))

@@ -21,7 +21,7 @@ from .layout import *
 def as_python(
     v # Anything
 ):
-    "The number or flag of Python in `v`, if it is a scalar of NumPy or a tensor or array without dimensions; else `v`"
+    "Python's number for a NumPy scalar or a zero-dimensional tensor or array; any other `v` is returned as it is"
     return v.item() if getattr(v, 'ndim', None)==0 else v
 
 class hyper:
@@ -33,7 +33,7 @@ class hyper:
         closed=False, # Is `hi` itself allowed?
         whole=False, # Whole numbers only?
         among=None, # The values allowed, instead of a range
-        warn=None # `warn(name, value)` is called with each value that is allowed
+        warn=None # `warn(name, value)` is called for each allowed value
     ):
         if not lo < hi: raise ValueError(f"`lo` must be below `hi`, got {lo} and {hi}")
         self.default = default
@@ -86,10 +86,10 @@ def check_name(
 class flag:
     "A role of a parameter, `True` or `False`, that stays in its state when the rest is cleared"
     def __init__(self,
-        by=True, # The role if the state does not say: `True`, `False`, or a function of the parameter
-        select=None, # Function of a model: the parameters that have the role, or a dict of them; `None` if the model has no say
-        allowed=None, # Function of a parameter: may it have the role? `None` for any
-        why='' # Why others may not, for the message
+        by=True, # Default if the state has no value: `True`, `False`, or a function of the parameter
+        select=None, # Function of a model that returns the parameters with the role, or a dict of them
+        allowed=None, # Function of a parameter: may it have the role? `None` allows all
+        why='' # Reason why others may not have it, for the message
     ):
         self.by = by
         self.select = select
@@ -99,12 +99,12 @@ class flag:
     def of(self,
         p # A parameter
     )->bool:
-        "Has `p` this role, if its state does not say?"
+        "The default of this role for `p`"
         if not callable(self.by): return self.by
         return not is_lazy(p) and bool(self.by(p))
 
     def check(self,
-        what, # The parameter, for the message
+        what, # Start of the message, which names the parameter
         p # A parameter
     ):
         "`ValueError` unless `p` may have this role"
@@ -115,9 +115,9 @@ class flag:
 def check_alike(
     f, # A stepper
     p, # Parameters
-    lists # By name, what the stepper is to get with them; only lists of tensors count
+    lists # Further arguments of the stepper, by name; only lists of tensors are checked
 ):
-    "`ValueError` unless the tensors of `lists` have the shape, dtype and device of `p`, or those that the stepper declares"
+    "`ValueError` unless the tensors in `lists` have the shape, dtype and device of `p`, or of the declared state"
     def kind(t): return t.shape,t.dtype,t.device
     for name,ts in lists.items():
         if not isinstance(ts, (list,tuple)) or not any(isinstance(t, Tensor) for t in ts): continue
@@ -132,9 +132,9 @@ def check_alike(
                 f"shape {tuple(o.shape)}, {o.dtype} on {o.device}: they must agree")
 
 def _call_dense(f, p, grad, values, names):
-    "Call `f` with `p`, gradients and the values of `names` in equal strides: others are copied, and copied back"
+    "Call `f` with all tensors of `names` in the strides of `p`; tensors in other strides are copied, and copied back"
     state = {k: list(values[k]) for k in names if are_strided(values.get(k))}
-    check_alike(f, p, dict(grad=grad, **state)) # fused kernels do not look
+    check_alike(f, p, dict(grad=grad, **state)) # fused kernels do not check
     dense = [torch.empty_like(o) for o in p]
     copies = {k: in_strides(ts, dense) for k,ts in state.items()}
     weights = in_strides(p, dense)
@@ -145,7 +145,7 @@ def _call_dense(f, p, grad, values, names):
 
 # %% ../../nbs/core/stepper.ipynb #72ce4bdb
 def _check_declaration(f, args):
-    "`TypeError` or `ValueError` unless the stepper `f`, a function of `args`, can be called as it is declared"
+    "`TypeError` or `ValueError` if the declaration of the stepper `f` does not fit its arguments `args`"
     takes_more = any(o.kind is o.VAR_KEYWORD for o in args.values())
     if f.scope != 'each' and (list(args)[:2] != ['p', 'grad'] or not takes_more):
         raise TypeError("a stepper is a function of `p`, `grad`, what it needs, and `**kwargs`; "
@@ -165,8 +165,8 @@ def _check_declaration(f, args):
                          f"{f.__name__} has '{f.scope}' and {', '.join(args)}")
 
 class Stepper:
-    "A function that updates a list of tensors, with what it declares: see `stepper`"
-    is_guest = False # Does it hold an optimizer of PyTorch?
+    "A function that updates a list of tensors, with its declaration: see `stepper`"
+    is_guest = False # does it hold an optimizer of PyTorch?
     def __init__(self,
         f, # A function of `p`, `grad`, what it needs, and `**kwargs`
         state=None, hypers=None, options=None, flags=None, anchored=(), scope='alike', dense=False, shards='any',
@@ -192,21 +192,21 @@ class Stepper:
         _check_declaration(self, args)
 
     @property
-    def defaults(self): # where fastai's `Optimizer` looks
+    def defaults(self): # fastai's `Optimizer` reads them
         return {k: o.default for k,o in self.hypers.items() if o.default is not None}
 
-    routes = () # flags by which a `route` sends parameters
-    all_settled = () # keywords of `partial`s in a `route`
+    routes = () # a `Route` overrides it: names of the flags that route parameters
+    all_settled = () # a `Route` overrides it: keywords of the `partial`s in it
 
     @property
-    def leaves(self): return [self] # a `route` has several
+    def leaves(self): return [self] # a `Route` has several
 
     def start(self,
         k, # Name of a state
         p, # A parameter
         state # The state it has so far
-    ): # `None` for nothing
-        "The value that state `k` of `p` starts with"
+    ): # `None` if `p` has no such state
+        "The start value of state `k` of `p`"
         value = self.state[k]
         return value(p.detach()) if callable(value) else value
 
@@ -217,8 +217,8 @@ class Stepper:
         hypers=None, # By name; these win over options of the same name
         settled=None, # By name, the options of a `partial`
         same_layout=False # Are gradients and all state known to have the strides of `p`?
-    )->dict: # New state, and `grad` if that changed; or `None`
-        "Update the list `p`"
+    )->dict: # New state, and `grad` if it changed; or `None`
+        "Update the parameters `p`"
         values = {**state, **(settled or {}), **(hypers or {})}
         if self.dense and not same_layout: return _call_dense(self, p, grad, values, self.state)
         return self.f(p, grad, **values)
@@ -227,9 +227,9 @@ class Stepper:
         opt, # The optimizer
         rows, # Parameter, gradient, state and hypers of each parameter that has a gradient
         settled, # The options of a `partial`
-        closure=None # What `step` was given
-    )->dict: # As `run`
-        "Update all parameters at once: for the scope `all`"
+        closure=None # The `closure` of the optimizer's `step`
+    )->dict: # As for `run`
+        "Update all parameters in one call, for the scope `all`"
         ps,grads,states,hypers = zip(*rows)
         each = [{**state, **settled, **h} for state,h in zip(states, hypers)]
         lists = {}
@@ -238,7 +238,7 @@ class Stepper:
 
     @torch.no_grad()
     def __call__(self, p, grad=None, **kwargs):
-        "Update a list `p`, or a single tensor in the way of fastai's `Optimizer`: its gradient is `p.grad`; it returns new state"
+        "Update a list `p`, or one tensor as in fastai's `Optimizer`: the gradient is `p.grad`, new state is returned"
         if isinstance(p, list):
             if self.dense: return _call_dense(self, p, grad, kwargs, kwargs)
             return self.f(p, grad, **kwargs)
@@ -263,8 +263,8 @@ def start_state(
     f, # A stepper
     p, # A parameter
     has # The state it has
-)->dict: # That it lacks
-    "The declared state that `p` lacks, with the values it starts with"
+)->dict: # The state it lacks
+    "Start values of the declared state that `p` lacks"
     new = {}
     for k in f.state:
         if k in has: continue
@@ -274,14 +274,14 @@ def start_state(
 
 # %% ../../nbs/core/stepper.ipynb #b41e4659
 def stepper(
-    state=None, # For each name, how it starts: a function of one parameter, a number, or `None` for nothing
-    hypers=None, # For each name a `hyper`, with default and range: a schedule may set it
-    options=None, # For each name a `hyper` with the range of a keyword that is fixed when the optimizer is made
+    state=None, # Start value for each name: a function of one parameter, a number, or `None` for none
+    hypers=None, # `hyper` for each name, with default and range; schedules may set it
+    options=None, # `hyper` for each keyword that is fixed when the optimizer is made, with its range
     flags=None, # Name of a role of parameters, or a `flag` for each name
-    anchored=(), # Names in `state` that mean nothing without the weights they were made for
-    scope='alike', # `alike`: called for parameters that agree in hypers, state and dtype; `all`: once for all
+    anchored=(), # Names in `state` that depend on the current weights, dropped when other weights are loaded
+    scope='alike', # `alike`: one call per bucket of parameters with equal hypers and dtype; `all`: one call
     dense=False, # Must parameters, gradients and state have equal strides?
-    shards='any', # The sharded tensors it can step: `any`, `rows` (sharded in dimension 0), or `none`
+    shards='any', # Sharded tensors that it can step: `any`, `rows` (sharded in dimension 0), or `none`
     syncs=False # Does it synchronise the slow weights every `k` updates? `opt.sync()` calls it
 ):
     "Decorator of a function of lists of parameters and gradients: a `Stepper`"
@@ -291,15 +291,15 @@ def stepper(
 
 # %% ../../nbs/core/stepper.ipynb #b86b8428
 def as_stepper(
-    cb # A `Stepper`, a function of one tensor as fastai's steppers are, or a `partial` of one of these
-)->tuple: # The `Stepper`, and the keywords of a `partial`
-    "`cb` as the optimizer calls it; `ValueError` if a keyword is not in its range"
+    cb # A `Stepper`, a stepper of fastai (a function of one tensor), or a `partial` of either
+)->tuple: # A `Stepper`, and the keywords of the `partial`
+    "Convert `cb` to a `Stepper`; `ValueError` if a keyword is out of range"
     f = cb.func if isinstance(cb, partial) else cb
     if not callable(f): raise TypeError(f"a stepper must be a function, got {f!r}")
     if not isinstance(f, Stepper):
         hypers = {k: hyper(v) for k,v in getattr(f, 'defaults', {}).items()}
         f = Stepper(f, hypers=hypers, scope='each')
-        f.options = {} # fastai's steppers take what they like
+        f.options = {} # fastai's steppers may take any value
     ranges = {**f.options, **common, **f.hypers}
     settled = dict(cb.keywords) if isinstance(cb, partial) else {}
     for k,v in settled.items():
@@ -307,15 +307,15 @@ def as_stepper(
     return f,settled
 
 def run_steppers(
-    calls, # Steppers, each with the keywords of a `partial`
+    calls, # Pairs of a stepper and the keywords of its `partial`
     p, # Parameters
     grad, # Their gradients
     state, # By name: lists of tensors, and numbers that they share
     hypers, # By name
     same_layout=False, # Are gradients and all state known to have the strides of `p`?
-    changed=False # Has a stepper made `grad`, rather than PyTorch?
-)->tuple: # The gradients and the state that they leave
-    "Call the steppers of `calls` one after the other"
+    changed=False # Did an earlier stepper replace `grad`?
+)->tuple: # Gradients, and new state
+    "Call the steppers of `calls` in order"
     new = {}
     for f,settled in calls:
         if changed and f.dense: check_alike(f, p, dict(grad=grad, **new))
@@ -335,10 +335,10 @@ def sgd_step(p, grad, lr, **kwargs):
 
 @stepper(state=dict(grad_avg=torch.zeros_like), hypers=dict(mom=common['mom']))
 def average_grad(p, grad, mom, grad_avg,
-    dampening=False, # Weigh the new gradient with `1-mom`, rather than 1?
+    dampening=False, # Weight of the new gradient: `1-mom` instead of 1?
     **kwargs
 ):
-    "Keep the average of the gradients of `p` in `state`"
+    "Update the average of the gradients of `p`"
     if dampening: torch._foreach_lerp_(grad_avg, grad, 1-mom)
     else:
         torch._foreach_mul_(grad_avg, mom)
@@ -346,10 +346,10 @@ def average_grad(p, grad, mom, grad_avg,
 
 @stepper(state=dict(sqr_avg=torch.zeros_like), hypers=dict(sqr_mom=common['sqr_mom']))
 def average_sqr_grad(p, grad, sqr_mom, sqr_avg,
-    dampening=True, # Weigh the new square with `1-sqr_mom`, rather than 1?
+    dampening=True, # Weight of the new square: `1-sqr_mom` instead of 1?
     **kwargs
 ):
-    "Keep the average of the squared gradients of `p` in `state`"
+    "Update the average of the squared gradients of `p`"
     torch._foreach_mul_(sqr_avg, sqr_mom)
     torch._foreach_addcmul_(sqr_avg, grad, grad, value=1-sqr_mom if dampening else 1.)
 
@@ -360,7 +360,7 @@ def momentum_step(p, grad, lr, grad_avg, **kwargs):
 
 @stepper(state=dict(step=0))
 def step_stat(p, grad, step, **kwargs)->dict: # `step`
-    "Count the updates of `p` in `state`"
+    "Count the updates of `p`"
     return dict(step=step+1)
 
 # %% ../../nbs/core/stepper.ipynb #69d40962

@@ -15,22 +15,26 @@ from ..core.optimizer import *
 
 # %% ../../nbs/optimizers/adam.ipynb #faeec186
 def rectify(
-    step, # Updates done, this one included, from 1 on
-    sqr_mom # Weight of the old average of squared gradients (beta2), in [0, 1)
+    step, # Number of updates, this one included, from 1 on
+    sqr_mom # Gradient squared moving average (β2) coefficient, in [0, 1)
 )->float: # `r_t`, in (0, 1), or 0 while the variance cannot be rectified
     "RAdam's rectification factor"
-    if not (step >= 1 and 0 <= sqr_mom < 1): raise ValueError(f"`step` must be at least 1 and `sqr_mom` in [0, 1), got {step} and {sqr_mom}")
+    if not (step >= 1 and 0 <= sqr_mom < 1):
+        raise ValueError(f"`step` must be at least 1 and `sqr_mom` in [0, 1), got {step} and {sqr_mom}")
     rho_inf = 2/(1-sqr_mom) - 1
     rho = rho_inf - 2*step*sqr_mom**step/(1-sqr_mom**step)
-    return math.sqrt((rho-4)*(rho-2)*rho_inf / ((rho_inf-4)*(rho_inf-2)*rho)) if rho > 5 else 0.
+    if rho <= 5: return 0.
+    return math.sqrt((rho-4)*(rho-2)*rho_inf / ((rho_inf-4)*(rho_inf-2)*rho))
 
 # %% ../../nbs/optimizers/adam.ipynb #b650e897
 def _warn_unless_rectified(name, sqr_mom):
-    if rectify(10**6, sqr_mom)==0: warn(f"`{name}` is {sqr_mom}: RAdam rectifies only above 2/3, so this is SGD with momentum")
+    if rectify(10**6, sqr_mom)==0:
+        warn(f"`{name}` is {sqr_mom}: RAdam rectifies only above 2/3, so this is SGD with momentum")
 
 _options = dict(unrectified=hyper(among=('momentum', 'skip')))
 
-@stepper(hypers=dict(eps=hyper(1e-5, 0), beta=hyper(0., 0), sqr_mom=hyper(None, 0, 1, warn=_warn_unless_rectified)), options=_options)
+@stepper(hypers=dict(eps=hyper(1e-5, 0), beta=hyper(0., 0), sqr_mom=hyper(None, 0, 1, warn=_warn_unless_rectified)),
+         options=_options)
 def radam_step(p, grad, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps,
                beta=0., unrectified='momentum', rectified=True, max_avg=None, **kwargs):
     "Step for RAdam with `lr`"
@@ -42,32 +46,34 @@ def radam_step(p, grad, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps,
     elif unrectified=='momentum': torch._foreach_add_(p, grad_avg, alpha=-rate)
 
 # %% ../../nbs/optimizers/adam.ipynb #1d695eb6
-@stepper(state=dict(step=0, grad_avg=torch.zeros_like, sqr_avg=torch.zeros_like), hypers=dict(wd=common['wd']), flags='do_wd',
-         dense=True)
-def fused_averages(p, grad, lr, mom, sqr_mom, step, grad_avg, sqr_avg, wd=0., decouple_wd=True, do_wd=True, **kwargs)->dict: # `step`
-    "Weight decay, averages and the count in one, on a fused kernel where there is one"
+@stepper(state=dict(step=0, grad_avg=torch.zeros_like, sqr_avg=torch.zeros_like), hypers=dict(wd=common['wd']),
+         flags='do_wd', dense=True)
+def fused_averages(p, grad, lr, mom, sqr_mom, step, grad_avg, sqr_avg,
+                   wd=0., decouple_wd=True, do_wd=True, **kwargs)->dict: # `step`
+    "Weight decay, averages and step count in one call, on a fused kernel if the device has one"
     if not do_wd: wd = 0.
     fused_adam(p, grad, grad_avg, sqr_avg, step=step+1, lr=lr, mom=mom, sqr_mom=sqr_mom, wd=wd, decouple_wd=decouple_wd)
     return dict(step=step+1)
 
 # %% ../../nbs/optimizers/adam.ipynb #55db0058
-@stepper(state=fused_averages.state, hypers={**radam_step.hypers, **fused_averages.hypers}, options=_options, flags='do_wd',
-         dense=True)
+@stepper(state=fused_averages.state, hypers={**radam_step.hypers, **fused_averages.hypers}, options=_options,
+         flags='do_wd', dense=True)
 def fused_radam_step(p, grad, lr, mom, sqr_mom, eps, step, grad_avg, sqr_avg,
-                     wd=0., beta=0., decouple_wd=True, unrectified='momentum', rectified=True, do_wd=True, max_avg=(), **kwargs)->dict: # `step`
-    "Weight decay, averages and RAdam step in one, on a fused kernel where there is one"
+                     wd=0., beta=0., decouple_wd=True, unrectified='momentum', rectified=True, do_wd=True, max_avg=(),
+                     **kwargs)->dict: # `step`
+    "Weight decay, averages and RAdam step in one call, on a fused kernel if the device has one"
     step += 1
     r = rectify(step, sqr_mom) if rectified else 1.
     if not do_wd or decouple_wd and not r and unrectified=='skip': wd = 0.
     shared = dict(step=step, mom=mom, sqr_mom=sqr_mom)
-    if r and not beta: # AdamW with a rescaled rate
+    if r and not beta: # AdamW with the learning rate `lr*r`
         if decouple_wd: wd = wd/r
         fused_adam(p, grad, grad_avg, sqr_avg, max_avg, lr=lr*r, eps=eps, wd=wd, decouple_wd=decouple_wd, **shared)
     else:
         lists = [p, grad, grad_avg, sqr_avg]
         if max_avg: lists.append(max_avg)
         options = dict(eps=eps, beta=beta, unrectified=unrectified, rectified=rectified)
-        for w,g,m,v,*most in chunks(*lists): # the averages are in the cache when the step comes for them
+        for w,g,m,v,*most in chunks(*lists): # small enough to keep the averages in the cache for the step
             most = most[0] if most else ()
             fused_adam(w, g, m, v, most, lr=lr, wd=wd, decouple_wd=decouple_wd, **shared)
             radam_step.f(w, g, lr, grad_avg=m, sqr_avg=v, max_avg=most, **options, **shared)
@@ -82,15 +88,16 @@ def RAdam(
     sqr_mom:float=.99, # Gradient squared moving average (β2) coefficient
     eps:float=1e-5, # Added to the denominator for numerical stability
     wd:float=0., # Weight decay (true or L2)
-    beta:float=0., # Sharpness of a softplus around the denominator (SAdam); 0 for none
+    beta:float=0., # Sharpness of a softplus around the denominator (SAdam), off at 0
     decouple_wd:bool=True, # Apply true weight decay (RAdamW) or L2 regularization (RAdam)
-    unrectified:str='momentum' # The first five updates: `momentum` makes them with SGD with momentum, `skip` leaves the weights alone
+    unrectified:str='momentum' # The first five updates: SGD with momentum, or no update
 )->MultiTensorOptimizer:
     """RAdam on a fused kernel
 
     Example: learn = Learner(dls, model, opt_func=RAdam)
 
-    Papers: RAdam, https://arxiv.org/abs/1908.03265; decoupled decay, https://arxiv.org/abs/1711.05101; `beta` (SAdam), https://arxiv.org/abs/1908.00700"""
+    Papers: RAdam, https://arxiv.org/abs/1908.03265; decoupled decay, https://arxiv.org/abs/1711.05101;
+    `beta` (SAdam), https://arxiv.org/abs/1908.00700"""
     cbs = partial(fused_radam_step, decouple_wd=decouple_wd, unrectified=unrectified)
     return MultiTensorOptimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
 

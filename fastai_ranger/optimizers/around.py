@@ -10,7 +10,7 @@ import torch
 import fastai.optimizer as stock
 from functools import partial
 from inspect import signature
-from fastcore.all import is_listy,merge
+from fastcore.all import is_listy
 from fastai.optimizer import Optimizer,OptimWrapper
 from torch import Tensor
 from ..core.stepper import *
@@ -27,15 +27,16 @@ def make_opt(
 ):
     "The optimizer that `opt_func` makes"
     if is_listy(opt_func): return MultiTensorOptimizer(params, opt_func, **kwargs)
-    f = opt_func.func if isinstance(opt_func, partial) else opt_func
-    if not isinstance(f, type) or not issubclass(f, torch.optim.Optimizer):
-        return opt_func(params, **{k: as_python(v) for k,v in kwargs.items()}) # fastai's take Python's numbers only
-    if issubclass(f, TorchOptimizer): # of `as_torch`
-        settled = opt_func.keywords if isinstance(opt_func, partial) else {}
-        return make_opt(params, f.opt_func, **to_fastai({**settled, **kwargs}))
+    cls = torch_class(opt_func)
+    if cls is None:
+        for k,v in kwargs.items(): kwargs[k] = as_python(v) # fastai's optimizers take Python's numbers only
+        return opt_func(params, **kwargs)
+    if issubclass(cls, TorchOptimizer): # a class of `as_torch`
+        settled = getattr(opt_func, 'keywords', {})
+        return make_opt(params, cls.opt_func, **to_fastai({**settled, **kwargs}))
     if 'lr' in kwargs:
         lr = common['lr'].check('lr', kwargs['lr'])
-        if not isinstance(kwargs['lr'], Tensor): kwargs['lr'] = lr # a tensor stays one, which `capturable` asks for
+        if not isinstance(kwargs['lr'], Tensor): kwargs['lr'] = lr # `capturable` needs the tensor
     return OptimWrapper(params, opt_func, **to_torch(kwargs))
 
 def name_of(
@@ -43,9 +44,10 @@ def name_of(
 )->str:
     "The name of `opt_func` in messages"
     if isinstance(opt_func, partial):
-        inner,label = opt_func.keywords.get('opt_func'),opt_func.keywords.get('label')
-        if inner is not None: return f"{label}({name_of(inner)})" if label else name_of(inner)
-        return name_of(opt_func.func)
+        inner = opt_func.keywords.get('opt_func')
+        label = opt_func.keywords.get('label')
+        if inner is None: return name_of(opt_func.func)
+        return f"{label}({name_of(inner)})" if label else name_of(inner)
     if is_listy(opt_func): return f"[{', '.join(map(name_of, opt_func))}]"
     if isinstance(opt_func, OptimWrapper): return name_of(opt_func.opt)
     if isinstance(opt_func, MultiTensorOptimizer): return getattr(opt_func, 'name', type(opt_func).__name__)
@@ -56,40 +58,58 @@ _ours = weight_decay,l2_reg,average_grad,average_sqr_grad,step_stat,sgd_step,mom
 _in_place_of = {getattr(stock, f.__name__): f for f in _ours}
 
 def _for_all_at_once(cb):
-    "The stepper for many parameters that does what fastai's `cb` does, or `cb` itself"
+    "Our stepper for fastai's `cb`, which steps one parameter at a time; if there is none, `cb` itself"
     if isinstance(cb, partial): return partial(_for_all_at_once(cb.func), **cb.keywords)
     return _in_place_of.get(cb, cb)
 
 def _steppers_of(opt):
-    "The steppers of `opt`, and its hypers: a list for each, with one value for each parameter group"
+    "The steppers of `opt`, and its hypers: for each a list, with one value per parameter group"
     if isinstance(opt, OptimWrapper): return [from_torch(opt)],{}
-    return list(map(_for_all_at_once, opt.cbs)),{k: [h[k] for h in opt.hypers] for k in opt.hypers[0]}
+    hypers = {}
+    for k in opt.hypers[0]: hypers[k] = [h[k] for h in opt.hypers]
+    return list(map(_for_all_at_once, opt.cbs)),hypers
 
 # %% ../../nbs/optimizers/around.ipynb #8ba4c6bf
 def _why_not_torch(opt, hypers):
-    "Why steppers with `hypers` cannot be put around the `OptimWrapper` `opt`, if they cannot"
+    "The reason why steppers with `hypers` cannot be put around the `OptimWrapper` `opt`; `None` if they can"
     inner = opt.opt
     if type(opt) is not OptimWrapper: return f"{type(opt).__name__} may do more than fastai's `OptimWrapper`"
     if 'lookahead_k' in getattr(inner, 'defaults', {}): return "it has slow weights already"
-    if not hasattr(inner, '_optimizer_state_dict_post_hooks'): return f"a {type(inner).__name__} has no hooks as PyTorch's optimizers have"
-    if {'k', 'alpha'} <= hypers & set(inner.param_groups[0]): return "its `k` and `alpha` say that it has slow weights already"
+    if not hasattr(inner, '_optimizer_state_dict_post_hooks'):
+        return f"a {type(inner).__name__} has no hooks as PyTorch's optimizers have"
+    if {'k', 'alpha'} <= hypers & set(inner.param_groups[0]):
+        return "its `k` and `alpha` say that it has slow weights already"
 
 def _why_not(opt, hypers):
-    "Why steppers with `hypers` cannot be put around `opt`, if they cannot"
+    "The reason why steppers with `hypers` cannot be put around `opt`; `None` if they can"
     if isinstance(opt, OptimWrapper): return _why_not_torch(opt, hypers)
     if not isinstance(opt, Optimizer): return f"it makes a {type(opt).__name__}, which is no optimizer"
-    if getattr(opt, 'has_slow_weights', hasattr(opt, 'slow_weights')): return "it has slow weights already" # fastai's `Lookahead` too
-    if type(opt).step not in (Optimizer.step, MultiTensorOptimizer.step): return f"{type(opt).__name__} has a `step` of its own"
+    is_lookahead = hasattr(opt, 'slow_weights') # fastai's `Lookahead`
+    if getattr(opt, 'has_slow_weights', is_lookahead): return "it has slow weights already"
+    if type(opt).step not in (Optimizer.step, MultiTensorOptimizer.step):
+        return f"{type(opt).__name__} has a `step` of its own"
     taken = set(opt.hypers[0])
     for cb in opt.cbs: taken |= set(signature(cb).parameters)
     if both := hypers & taken: return f"it has its own {' and '.join(f'`{o}`' for o in sorted(both))}"
 
 # %% ../../nbs/optimizers/around.ipynb #e0a75641
+def _ranges_of(steppers):
+    "For each hyper that `steppers` declare, its range"
+    res = {}
+    for cb in steppers:
+        f,_ = as_stepper(cb)
+        res.update(f.hypers)
+    return res
+
+def _own_names(steppers):
+    "The hypers of `steppers` that no other optimizer may have"
+    return _ranges_of(steppers).keys() - common.keys()
+
 def _wrap(opt, opt_func, before, after, label, hypers):
     "The steppers `before` and `after` around those of `opt`, which `opt_func` has made"
     if isinstance(opt, torch.optim.Optimizer): opt = OptimWrapper(opt=opt)
-    declared = {k for cb in (*before, *after) for k in as_stepper(cb)[0].hypers} - set(common)
-    if why := _why_not(opt, declared): raise ValueError(f"`{label}` cannot be put around {name_of(opt_func)}: {why}")
+    why = _why_not(opt, _own_names([*before, *after]))
+    if why: raise ValueError(f"`{label}` cannot be put around {name_of(opt_func)}: {why}")
     cbs,own = _steppers_of(opt)
     res = MultiTensorOptimizer(opt.param_lists, [*before, *cbs, *after], **{**own, **hypers})
     res.state.update(opt.state)
@@ -99,24 +119,25 @@ def _wrap(opt, opt_func, before, after, label, hypers):
 def lr_of(
     opt_func # An `opt_func`, maybe a `partial` with an `lr`
 )->dict: # With `lr`, or nothing
-    "The rate of `opt_func`, for another `partial`: a `Learner` looks for it there"
-    return {k: v for k,v in getattr(opt_func, 'keywords', {}).items() if k=='lr'}
+    "The `lr` of a `partial`, to be passed on to the next `partial`, in which a `Learner` looks for it"
+    keywords = getattr(opt_func, 'keywords', {})
+    return {'lr': keywords['lr']} if 'lr' in keywords else {}
 
 def _around(params, opt_func, before, after, label, **kwargs):
-    declared = {k for cb in (*before, *after) for k in as_stepper(cb)[0].hypers} - set(common)
-    hypers = {k: kwargs.pop(k) for k in declared & kwargs.keys()}
-    return _wrap(make_opt(params, opt_func, **kwargs), opt_func, before, after, label, hypers)
+    own = _own_names([*before, *after]) & kwargs.keys()
+    hypers = {k: kwargs.pop(k) for k in own}
+    opt = make_opt(params, opt_func, **kwargs)
+    return _wrap(opt, opt_func, before, after, label, hypers)
 
 def around(
-    opt_func, # An `opt_func`, a class of PyTorch optimizers, a list of steppers, or an optimizer that is built
-    before=(), # Steppers to come before its own
-    after=(), # Steppers to come after its own
-    label:str='around', # Its name in messages
-    **hypers # Of `before` and `after`: those not given have their defaults
-): # An `opt_func`; around what is built already, a `MultiTensorOptimizer`
-    "The optimizer that `opt_func` makes, with the steppers `before` and `after` around its own"
-    steppers = [as_stepper(cb)[0] for cb in (*before, *after)]
-    ranges = merge(*(f.hypers for f in steppers))
+    opt_func, # An `opt_func`, a class of PyTorch optimizers, a list of steppers, or an optimizer
+    before=(), # Steppers to call before those of the optimizer
+    after=(), # Steppers to call after those of the optimizer
+    label:str='around', # Name in messages
+    **hypers # Hypers of `before` and `after`; their defaults otherwise
+): # An `opt_func`; for an optimizer, a `MultiTensorOptimizer`
+    "Put steppers before and after those of the optimizer that `opt_func` makes"
+    ranges = _ranges_of([*before, *after])
     for k,v in hypers.items():
         check_name(k, ranges)
         hypers[k] = ranges[k].check(k, v)
@@ -124,7 +145,8 @@ def around(
         return _wrap(opt_func, opt_func, before, after, label, hypers)
     if not callable(opt_func) and not is_listy(opt_func):
         raise ValueError(f"`{label}` cannot be put around {name_of(opt_func)}: it makes no optimizer")
-    return partial(_around, opt_func=opt_func, before=tuple(before), after=tuple(after), label=label, **hypers, **lr_of(opt_func))
+    return partial(_around, opt_func=opt_func, before=tuple(before), after=tuple(after), label=label,
+                   **hypers, **lr_of(opt_func))
 
 # %% ../../nbs/optimizers/around.ipynb #3e2f7852
 lookahead_defaults = lookahead_step.defaults
@@ -132,9 +154,9 @@ lookahead_defaults = lookahead_step.defaults
 def lookahead(
     opt_func, # As for `around`
     k:int=lookahead_defaults['k'], # Updates from one synchronisation to the next
-    alpha:float=lookahead_defaults['alpha'], # How far the slow weights follow
-    **kwargs # None: what a `Learner` passes shows that `lookahead` was not called
-): # An `opt_func`; around what is built already, a `MultiTensorOptimizer`
+    alpha:float=lookahead_defaults['alpha'], # Step size of the slow weights towards the fast ones
+    **kwargs # Not allowed: a `Learner` passes `lr` if `lookahead` itself is its `opt_func`
+): # An `opt_func`; for an optimizer, a `MultiTensorOptimizer`
     "Lookahead around the optimizer that `opt_func` makes"
     if kwargs:
         raise TypeError(f"`lookahead` makes an `opt_func`, and takes no {', '.join(kwargs)}: "

@@ -30,8 +30,9 @@ def _fast_bf16(device):
     return device.type=='cuda' and torch.cuda.get_device_capability(device) >= (8,0)
 
 def _gram(x, n):
-    "`n` iterations on `x @ x.mT`"
-    gram,q = x@x.mT,None
+    "`n` iterations on `x @ x.mT`, which is small if `x` has many columns"
+    gram = x@x.mT
+    q = None
     for i in range(n):
         poly = torch.baddbmm(gram, gram, gram, beta=_b, alpha=_c)
         poly.diagonal(dim1=-2, dim2=-1).add_(_a)
@@ -51,29 +52,33 @@ def orthogonalize(
     g, # Matrices of one shape: (matrices, rows, columns)
     n:int=5 # Iterations, from 1 on
 ): # Matrices of the shape and dtype of `g`
-    "The nearest matrices with singular values of about 1, by Newton-Schulz iterations"
-    if g.ndim != 3 or not isinstance(n, int) or n < 1: raise ValueError(f"`g` must have three dimensions and `n` be a whole number from 1 on, got shape {tuple(g.shape)} and {n}")
-    tall,x = g.shape[1] > g.shape[2],g if g.dtype is torch.float64 else g.float()
-    if tall: x = x.mT
+    "The nearest matrices whose singular values are all about 1, by Newton-Schulz iterations"
+    if g.ndim != 3 or not isinstance(n, int) or n < 1:
+        raise ValueError("`g` must have three dimensions and `n` be a whole number from 1 on, "
+                         f"got shape {tuple(g.shape)} and {n}")
+    x = g if g.dtype is torch.float64 else g.float()
+    is_tall = g.shape[1] > g.shape[2]
+    if is_tall: x = x.mT
     tiny = torch.finfo(x.dtype).tiny
     most = torch.maximum(x.amax((1,2), keepdim=True), -x.amin((1,2), keepdim=True))
-    x = x/most.clamp(min=tiny) # first, or squares of huge numbers are infinite
+    x = x/most.clamp(min=tiny) # before the norm, which overflows for huge numbers
     x = x/torch.linalg.vector_norm(x, dim=(1,2), keepdim=True).clamp(min=tiny)
     if x.dtype is torch.float32 and _fast_bf16(x.device): x = x.bfloat16()
     if x.shape[2] < 2*x.shape[1]: x = _plain(x, n)
     else:
         for i in range(0, n, 3): x = _gram(x, min(3, n-i))
-    return (x.mT if tall else x).to(g.dtype)
+    if is_tall: x = x.mT
+    return x.to(g.dtype)
 
 # %% ../../nbs/optimizers/muon.ipynb #a95d7c2d
 @stepper(state=dict(grad_avg=torch.zeros_like), hypers=dict(wd=common['wd']), flags='do_wd',
          options=dict(ns_steps=hyper(lo=1, whole=True)), shards='none')
 def muon_step(p, grad, lr, mom, grad_avg, wd=0., do_wd=True,
-    nesterov=True, # Look ahead along the momentum?
-    ns_steps=5, # Newton-Schulz iterations, a whole number from 1 on
+    nesterov=True, # Use Nesterov momentum?
+    ns_steps=5, # Newton-Schulz iterations, from 1 on
     **kwargs
 ):
-    "Weight decay, momentum and the step of Muon"
+    "Weight decay, momentum and Muon's step"
     if do_wd and wd: torch._foreach_mul_(p, 1-lr*wd)
     torch._foreach_lerp_(grad_avg, grad, 1-mom)
     updates = torch._foreach_lerp(grad, grad_avg, mom) if nesterov else grad_avg
@@ -81,16 +86,18 @@ def muon_step(p, grad, lr, mom, grad_avg, wd=0., do_wd=True,
     for w,u in zip(p, updates): of_shape[len(w),w.numel()//len(w)].append((w,u))
     for shape,pairs in of_shape.items():
         ws,us = zip(*pairs)
-        us = orthogonalize(torch.stack([o.reshape(shape) for o in us]), ns_steps)
-        torch._foreach_add_(ws, [u.view_as(w) for u,w in zip(us, ws)], alpha=-lr*.2*math.sqrt(max(shape)))
+        us = torch.stack([u.reshape(shape) for u in us])
+        us = orthogonalize(us, ns_steps)
+        us = list(map(torch.Tensor.view_as, us, ws))
+        torch._foreach_add_(ws, us, alpha=-lr*.2*math.sqrt(max(shape)))
 
 # %% ../../nbs/optimizers/muon.ipynb #689a92a6
 def is_matrix(
     p # A parameter
 )->bool:
-    "Is `p` a matrix, or a stack of filters, of more than one row and column?"
+    "Is `p` a matrix, or filters of a convolution, with more than one row and column?"
     if p.ndim < 2 or p.is_nested or len(p) < 2 or p.numel()==len(p): return False
-    return p.ndim==2 or p.shape[1] > 1 # no depthwise convolution
+    return p.ndim==2 or p.shape[1] > 1 # not the filters of a depthwise convolution
 
 # %% ../../nbs/optimizers/muon.ipynb #6a11e002
 _ends = nn.Linear,nn.modules.conv._ConvNd
@@ -98,12 +105,15 @@ _layers = *_ends,nn.RNNBase,nn.RNNCellBase,nn.MultiheadAttention
 _others = 'transformers.pytorch_utils.Conv1D','fastai.text.models.awdlstm.WeightDropout'
 _heads = {'head', 'heads', 'classifier', 'predictor', 'projection'}
 
-def _is_layer(m): return isinstance(m, _layers) or any(f'{c.__module__}.{c.__qualname__}' in _others for c in type(m).__mro__)
+def _is_layer(m):
+    if isinstance(m, _layers): return True
+    return any(f'{c.__module__}.{c.__qualname__}' in _others for c in type(m).__mro__)
 
 def _weights(m):
-    "Weights of the layer `m` itself, those that a parametrization has put aside included"
-    own = [p for n,p in m.named_parameters(recurse=False) if 'bias' not in n]
-    return own + list(m.parametrizations.parameters() if hasattr(m, 'parametrizations') else [])
+    "Weights of the layer `m`, not of its children; a parametrization holds the original weights"
+    res = [p for n,p in m.named_parameters(recurse=False) if 'bias' not in n]
+    if hasattr(m, 'parametrizations'): res += m.parametrizations.parameters()
+    return res
 
 def _end_layers(m): return [o for o in m.modules() if isinstance(o, _ends)]
 def _n_in(m):
@@ -113,53 +123,75 @@ def _n_out(m):
     last = _end_layers(m)[-1]
     return last.out_features if isinstance(last, nn.Linear) else last.out_channels
 
+def _is_named_beside(name, last_name):
+    "Does its name make a module a head beside the last one? As `aux_head` does, or `start_head` beside `end_head`"
+    words = re.findall('[a-z]+', name.lower())
+    last_words = re.findall('[a-z]+', last_name.lower())
+    if not words: return False
+    if words[0].startswith('aux'): return True
+    return words != last_words and words[-1:]==last_words[-1:] and words[-1] in _heads
+
 def _is_beside(parent, i, parts):
     "Is the `i`-th of `parts`, names and children of `parent`, a head beside the last one?"
-    (name,m),(last_name,last) = parts[i],parts[-1]
-    words,last_words = (re.findall('[a-z]+', o.lower()) for o in (name, last_name))
-    if words[:1] and words[0].startswith('aux'): return True
-    if words != last_words and words[-1:]==last_words[-1:] and {*words[-1:]} <= _heads and words: return True
+    name,m = parts[i]
+    last_name,last = parts[-1]
+    if _is_named_beside(name, last_name): return True
     if type(m) is not type(last): return False
-    if isinstance(parent, nn.ModuleList): return not any(_n_out(a)==_n_in(b) for (_,a),(_,b) in zip(parts, parts[1:]))
+    modules = [o for _,o in parts]
+    if isinstance(parent, nn.ModuleList): # heads, unless one could be the input of the next
+        return not any(_n_out(a)==_n_in(b) for a,b in zip(modules, modules[1:]))
     if _n_in(m) != _n_in(last): return False
-    return isinstance(parent, nn.ModuleDict) or _n_out(m) not in {_n_in(o) for _,o in parts[i+1:]}
+    if isinstance(parent, nn.ModuleDict): return True
+    return _n_out(m) not in map(_n_in, modules[i+1:])
 
 def find_ends(
     model:nn.Module # A model, or a part of one
 )->list: # Linear layers and convolutions
-    "The last layer of `model`, and those beside it"
+    "The last layer of `model`; if it has several heads, the last layer of each"
     if isinstance(model, _ends): return [model]
     parts = [(name, m) for name,m in model.named_children() if _end_layers(m)]
-    if not parts: return []
-    beside = [] if isinstance(model, nn.Sequential) else [m for i,(_,m) in enumerate(parts[:-1]) if _is_beside(model, i, parts)]
-    return [o for m in (*beside, parts[-1][1]) for o in find_ends(m)]
+    ends = []
+    for i,(_,m) in enumerate(parts):
+        is_last = i==len(parts)-1
+        may_have_heads = not isinstance(model, nn.Sequential)
+        if is_last or may_have_heads and _is_beside(model, i, parts): ends += find_ends(m)
+    return ends
 
 # %% ../../nbs/optimizers/muon.ipynb #e7b69a05
+def _check_end(name, modules):
+    "`ValueError` unless `name` is that of one of `modules`"
+    if isinstance(name, str) and name and name in modules: return
+    near = get_close_matches(str(name), modules, 1)
+    hint = f": did you mean {near[0]!r}?" if near else ''
+    raise ValueError(f"`ends` must be names of modules of the model, got {name!r}{hint}")
+
 def hidden_weights(
     model:nn.Module, # A model
-    ends=None # Names of the modules that Muon spares, as in `model.named_modules()`, or of one; `None` for those of `find_ends`
+    ends=None # Name or names of modules without Muon, as in `model.named_modules()`; `None` for those of `find_ends`
 )->dict: # Names and parameters
-    "The weights of `model` that Muon is for"
+    "The weights of `model` to train with Muon"
     modules = dict(model.named_modules())
-    if ends is not None and not isinstance(ends, (list,tuple,set)): ends = [ends]
-    for name in ends or []:
-        if not isinstance(name, str) or not name or name not in modules:
-            near = get_close_matches(str(name), modules, 1)
-            raise ValueError(f"`ends` must be names of modules of the model, got {name!r}" + (f": did you mean {near[0]!r}?" if near else ''))
-    spared = find_ends(model) if ends is None else [modules[o] for o in ends]
-    spared += [m for m in modules.values() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    spared = {p for m in spared for p in m.parameters()}
-    hidden = {p for m in modules.values() if _is_layer(m) for p in _weights(m)} - spared
+    if ends is None: excluded = find_ends(model)
+    else:
+        if not isinstance(ends, (list,tuple,set)): ends = [ends]
+        for name in ends: _check_end(name, modules)
+        excluded = [modules[name] for name in ends]
+    hidden = set()
+    for m in modules.values():
+        if _is_layer(m): hidden.update(_weights(m))
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)): excluded.append(m)
+    for m in excluded: hidden.difference_update(m.parameters())
     return {n: p for n,p in model.named_parameters() if p in hidden and (is_lazy(p) or is_matrix(p))}
 
 def spare_ends(
-    opt, # Optimizer of the parameters of `model`, that as `as_torch` makes it, or one that Accelerate has prepared
+    opt, # A `MultiTensorOptimizer`, an optimizer of `as_torch`, or one prepared by Accelerate
     model:nn.Module, # A model
-    hidden=None # A function of the model: the parameters that get Muon, or a dict of them; `None` for that of the optimizer
+    hidden=None # Function of the model that returns the parameters for Muon; `None` for that of the optimizer
 ):
-    "Give Muon the hidden weights of `model`, and leave the others to RAdam"
+    "Train the hidden weights of `model` with Muon, and its other parameters with RAdam"
     engine = engine_of(opt)
-    if 'do_muon' not in engine.declared.flags: raise ValueError(f"`opt` must be an optimizer that has Muon, got {engine}")
+    if 'do_muon' not in engine.declared.flags:
+        raise ValueError(f"`opt` must be an optimizer that has Muon, got {engine}")
     engine.select_flag('do_muon', model, hidden or engine.declared.flags['do_muon'].select)
 
 # %% ../../nbs/optimizers/muon.ipynb #4af84e49
@@ -172,15 +204,16 @@ def muon(
     eps:float=1e-6, # Added to RAdam's denominator for numerical stability
     *,
     sqr_mom:float=.99, # RAdam's gradient squared moving average (β2) coefficient
-    nesterov:bool=True, # Let Muon look ahead along the momentum?
-    ns_steps:int=5, # Newton-Schulz iterations, a whole number from 1 on
-    hidden:callable=None # A function of the model: the parameters that get Muon; `None` for `hidden_weights`
+    nesterov:bool=True, # Use Nesterov momentum in Muon?
+    ns_steps:int=5, # Newton-Schulz iterations
+    hidden:callable=None # Function of the model that returns the parameters for Muon; `None` for `hidden_weights`
 )->MultiTensorOptimizer:
     """Muon for hidden weights, RAdam for the rest
 
     Example: learn = Learner(dls, model, opt_func=muon)
 
-    Papers: Muon, https://kellerjordan.github.io/posts/muon; scale of the update, https://arxiv.org/abs/2502.16982; RAdam, https://arxiv.org/abs/1908.03265"""
+    Papers: Muon, https://kellerjordan.github.io/posts/muon; scale of the update, https://arxiv.org/abs/2502.16982;
+    RAdam, https://arxiv.org/abs/1908.03265"""
     if hidden is not None and not callable(hidden):
         raise ValueError("`hidden` must be a function of the model, such as partial(hidden_weights, ends=['head']), "
                          f"got {hidden!r}")
@@ -195,14 +228,15 @@ def ranger_muon(
     params, # Model parameters, or lists of them: one list for each parameter group
     lr:float|slice, # Default learning rate
     k:int=lookahead_defaults['k'], # Updates from one Lookahead synchronisation to the next
-    alpha:float=lookahead_defaults['alpha'], # How far the slow weights follow
+    alpha:float=lookahead_defaults['alpha'], # Step size of the slow weights towards the fast ones
     **kwargs
 )->MultiTensorOptimizer:
     """`muon` inside Lookahead
 
     Example: learn = Learner(dls, model, opt_func=ranger_muon)
 
-    Papers: Muon, https://kellerjordan.github.io/posts/muon; scale of the update, https://arxiv.org/abs/2502.16982; RAdam, https://arxiv.org/abs/1908.03265; Lookahead, https://arxiv.org/abs/1907.08610"""
+    Papers: Muon, https://kellerjordan.github.io/posts/muon; scale of the update, https://arxiv.org/abs/2502.16982;
+    RAdam, https://arxiv.org/abs/1908.03265; Lookahead, https://arxiv.org/abs/1907.08610"""
     return lookahead(muon, k=k, alpha=alpha)(params, lr=lr, **kwargs)
 
 RangerMuon = as_torch(ranger_muon)

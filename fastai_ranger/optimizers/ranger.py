@@ -23,7 +23,7 @@ def ranger(
     wd:float=.01, # Weight decay (true or L2)
     eps:float=1e-6, # Added to the denominator for numerical stability
     k:int=lookahead_defaults['k'], # Updates from one Lookahead synchronisation to the next
-    alpha:float=lookahead_defaults['alpha'], # How far the slow weights follow
+    alpha:float=lookahead_defaults['alpha'], # Step size of the slow weights towards the fast ones
     **kwargs
 )->MultiTensorOptimizer:
     """Ranger: RAdam inside Lookahead
