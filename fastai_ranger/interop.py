@@ -382,10 +382,17 @@ class TorchOptimizer(torch.optim.Optimizer, metaclass=_ByName):
         self.inner.param_lists = L(g['params'] for g in self.param_groups)
         if not self.param_groups: return
         self._take_hypers()
+        self.inner.fixed_flags = {}
         for g,h in zip(self.param_groups, self.inner.hypers):
             self._show(g, h)
-            for k,name in self._roles.items():
-                if k in g: self.inner.set_flag(name, g['params'], switch.check(k, g[k]))
+            self._take_roles(g)
+
+    def _take_roles(self, group):
+        "Set the flags that `group` has keys for; they win over those that a model selects"
+        for k,name in self._roles.items():
+            if k not in group: continue
+            self.inner.set_flag(name, group['params'], switch.check(k, group[k]))
+            self.inner.fixed_flags[name] = self.inner.fixed_flags.get(name, set()).union(group['params'])
 
     def _take_hypers(self):
         "Set those hypers of `inner` that differ in `param_groups`"
@@ -482,6 +489,13 @@ class TorchOptimizer(torch.optim.Optimizer, metaclass=_ByName):
         "Restart from the current weights: see `MultiTensorOptimizer.restart`"
         self._take_groups()
         self.inner.restart(params)
+
+    def set_flags(self,
+        model # The model
+    ):
+        "Let `model` set the flags of its parameters, except in groups that have a key for the flag"
+        self._take_groups()
+        self.inner.set_flags(model)
 
     def params_with(self,
         name # Of a flag

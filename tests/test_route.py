@@ -102,6 +102,28 @@ def test_groups_of_pytorch():
     assert [opt.inner.has_flag('do_sgd', p) for p in ps] == [True, True, False]
     with pytest.raises(ValueError, match='`use_sgd` must be one of True, False, got 1'): as_torch(partial(MultiTensorOptimizer, cbs=by_hand(), mom=.9, sqr_mom=.99))([dict(params=ps, use_sgd=1)], lr=.1)
 
+def test_a_group_wins_over_the_model():
+    "whenever the model is shown, with nothing dropped: after a checkpoint was loaded, too"
+    model,other = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)).double() for _ in range(2))
+    def make(m): return RangerMuon([dict(params=[m[0].weight], use_muon=False), dict(params=[m[1].weight, m[2].weight])], lr=.1)
+    def train(m, opt, n):
+        for i in range(n):
+            g = torch.Generator().manual_seed(i)
+            for o in m: o.weight.grad = torch.randn(o.weight.shape, generator=g, dtype=torch.float64)
+            opt.step()
+    opt,again = make(model),make(other)
+    opt.set_flags(model)
+    train(model, opt, 8)
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(through_a_file(opt.state_dict()))
+    again.set_flags(other)
+    spare_ends(again, other)
+    train(model, opt, 8), train(other, again, 8)
+    assert equal([o.weight for o in model], [o.weight for o in other]) and [p is other[1].weight for p in again.params_with('do_muon')] == [True]
+    del again.param_groups[0]['use_muon']
+    again.set_flags(other)
+    assert len(again.params_with('do_muon')) == 2
+
 def test_what_a_route_refuses():
     @stepper(scope='all')
     def at_once(p, grad, **kwargs): pass
@@ -159,6 +181,8 @@ def test_what_around_refuses():
     with pytest.raises(ValueError, match='there is no hyper `pul`: did you mean `pull`'): around(stock.SGD, [remember], [pull_back], pul=.2)
     with pytest.raises(TypeError, match='a stepper must be a function'): around(stock.SGD, [3])
     with pytest.raises(ValueError, match='`around` cannot be put around 3: it makes no optimizer|cannot be put around int'): around(3, [remember])
+    with pytest.raises(ValueError, match='it has slow weights already'): around(ranger, [slow_weights], [lookahead_step])(params(), lr=.1)
+    assert 'start' in around(ranger, after=[remember, pull_back])(params(), lr=.1).declared.starters # no slow weights
     twice = around(around(stock.SGD, [remember], [pull_back]), [remember], [pull_back])
     with pytest.raises(ValueError, match=r'`around` cannot be put around around\(SGD\): it has its own `pull` and `reach`'): twice(params(), lr=.1)
 

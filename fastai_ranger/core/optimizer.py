@@ -56,6 +56,7 @@ def _bind(cbs, groups, hypers):
 
 class MultiTensorOptimizer(Optimizer):
     "An `Optimizer` that calls each stepper of `cbs` once for all parameters of one bucket"
+    fixed_flags = {} # for each flag, parameters whose role a model cannot change
     how_to_drop = 'opt.state.pop(p)' # code that drops the state of a parameter, for messages
 
     def __init__(self,
@@ -193,6 +194,8 @@ class MultiTensorOptimizer(Optimizer):
         found = set(found)
         mine = [p for p in self._params if p in names]
         if not mine: raise ValueError("`opt` has no parameter of `model`")
+        fixed = self.fixed_flags.get(name, ())
+        mine = [p for p in mine if p not in fixed]
         yes = [p for p in mine if p in found]
         for p in yes: self.declared.flags[name].check(f"the function that selects `{name}` returns {names[p]},", p)
         self.set_flag(name, yes, True)

@@ -75,8 +75,8 @@ def route(
     name:str, # Name of the flag, such as `do_muon`
     yes:list, # Steppers for parameters with the flag
     no:list, # Steppers for the others
-    by, # Default if the state has no value: `True`, `False`, or a function of the parameter
-    select=None, # Function of a model that returns the parameters with the flag, or a dict of them
+    by, # Who has the flag, until a model was seen: a function of the parameter, `True` or `False`
+    select=None, # Who has it once a model was seen: a function of the model that returns a list of parameters, or a dict
     allowed=None, # Function of a parameter: may it have the flag? `None` allows all
     why='' # Reason why others may not have it, for the message
 )->Route:

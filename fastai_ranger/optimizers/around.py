@@ -70,22 +70,22 @@ def _steppers_of(opt):
     return list(map(_for_all_at_once, opt.cbs)),hypers
 
 # %% ../../nbs/optimizers/around.ipynb #8ba4c6bf
-def _why_not_torch(opt, hypers):
+def _why_not_torch(opt, hypers, is_lookahead):
     "The reason why steppers with `hypers` cannot be put around the `OptimWrapper` `opt`; `None` if they can"
     inner = opt.opt
     if type(opt) is not OptimWrapper: return f"{type(opt).__name__} may do more than fastai's `OptimWrapper`"
-    if 'lookahead_k' in getattr(inner, 'defaults', {}): return "it has slow weights already"
+    if is_lookahead and 'lookahead_k' in getattr(inner, 'defaults', {}): return "it has slow weights already"
     if not hasattr(inner, '_optimizer_state_dict_post_hooks'):
         return f"a {type(inner).__name__} has no hooks as PyTorch's optimizers have"
     if {'k', 'alpha'} <= hypers & set(inner.param_groups[0]):
         return "its `k` and `alpha` say that it has slow weights already"
 
-def _why_not(opt, hypers):
+def _why_not(opt, hypers, is_lookahead):
     "The reason why steppers with `hypers` cannot be put around `opt`; `None` if they can"
-    if isinstance(opt, OptimWrapper): return _why_not_torch(opt, hypers)
+    if isinstance(opt, OptimWrapper): return _why_not_torch(opt, hypers, is_lookahead)
     if not isinstance(opt, Optimizer): return f"it makes a {type(opt).__name__}, which is no optimizer"
-    is_lookahead = hasattr(opt, 'slow_weights') # fastai's `Lookahead`
-    if getattr(opt, 'has_slow_weights', is_lookahead): return "it has slow weights already"
+    has_slow_weights = getattr(opt, 'has_slow_weights', hasattr(opt, 'slow_weights')) # fastai's `Lookahead`
+    if is_lookahead and has_slow_weights: return "it has slow weights already"
     if type(opt).step not in (Optimizer.step, MultiTensorOptimizer.step):
         return f"{type(opt).__name__} has a `step` of its own"
     taken = set(opt.hypers[0])
@@ -108,7 +108,9 @@ def _own_names(steppers):
 def _wrap(opt, opt_func, before, after, label, hypers):
     "The steppers `before` and `after` around those of `opt`, which `opt_func` has made"
     if isinstance(opt, torch.optim.Optimizer): opt = OptimWrapper(opt=opt)
-    why = _why_not(opt, _own_names([*before, *after]))
+    steppers = [*before, *after]
+    is_lookahead = slow_weights in steppers or any(as_stepper(cb)[0].syncs for cb in steppers)
+    why = _why_not(opt, _own_names(steppers), is_lookahead)
     if why: raise ValueError(f"`{label}` cannot be put around {name_of(opt_func)}: {why}")
     cbs,own = _steppers_of(opt)
     res = MultiTensorOptimizer(opt.param_lists, [*before, *cbs, *after], **{**own, **hypers})

@@ -53,7 +53,9 @@ def add_settings(
     name # Of the task
 )->pd.DataFrame: # The table with a row for `name`
     "Add settings; `ValueError` if `name` has others"
-    new = {k: '' if v is None else str(v) for k,v in json.loads(file.read_text()).items()}
+    settings = json.loads(file.read_text())
+    settings.pop('plan', None) # what was to be run
+    new = {k: '' if v is None else str(v) for k,v in settings.items()}
     others = table[table.task!=name]
     old = {}
     if len(others) < len(table):
