@@ -187,7 +187,7 @@ class TorchStep(Stepper):
 
     def unpack(self, opt, sd):
         "Undo `pack`; a plain checkpoint of PyTorch's optimizer is converted too, any other is returned as it is"
-        if not _is_checkpoint(sd): return sd
+        if not _is_checkpoint(sd) or 'hypers' in sd: return sd # unpacked already, or no checkpoint of PyTorch's
         groups = sd['param_groups']
         ids = _ids(groups)
         rest = sd.get('lookahead') or dict(state=[{}]*len(ids), hypers=[{}]*len(groups))
@@ -204,6 +204,7 @@ class TorchStep(Stepper):
 
     def load(self, opt, sd):
         "Load the state and groups of PyTorch's optimizer from `sd`; an error is raised before any change"
+        self._fit_groups(opt.param_lists)
         groups = copy.deepcopy(sd.get('param_groups') or self.torch.state_dict()['param_groups'])
         states = {}
         for i,s in zip(_ids(groups), sd['state']):
@@ -371,10 +372,10 @@ class TorchOptimizer(torch.optim.Optimizer, metaclass=_ByName):
     def _check_option(self, k, v, hypers):
         "`ValueError` if option `k` has another value in `inner`"
         if k=='decoupled_weight_decay' and not hypers.get('wd'): return
-        options = self.inner.declared.settled
-        known = dict(nesterov=options.get('nesterov', False), amsgrad='max_avg' in self.inner.declared.starters,
-                     decoupled_weight_decay=options.get('decouple_wd', True))
-        has = {**options, **known}.get(k, False)
+        declared = self.inner.declared
+        if k=='amsgrad': has = 'max_avg' in declared.starters
+        elif k=='decoupled_weight_decay': has = declared.option('decouple_wd') is not False
+        else: has = declared.option(k) or False
         if v != has: raise ValueError(f"{self._name} cannot have {k}={v!r} in a parameter group: it has {k}={has}")
 
     def _take_groups(self):
@@ -463,6 +464,12 @@ class TorchOptimizer(torch.optim.Optimizer, metaclass=_ByName):
             if s: states[i] = s
         return {**sd, 'state': states, 'param_groups': plain_hypers(sd['param_groups'])}
 
+    def _is_of_inner(self, state_dict, states):
+        "Is it a checkpoint of the PyTorch optimizer inside, or of Lookahead around it?"
+        declared = self.inner.declared
+        if not declared.guests: return False
+        return 'lookahead' in state_dict or not any({'inner', *declared.starters} & s.keys() for s in states)
+
     def load_state_dict(self,
         state_dict:dict # A checkpoint of `state_dict`
     ):
@@ -478,8 +485,11 @@ class TorchOptimizer(torch.optim.Optimizer, metaclass=_ByName):
         hypers = [_only(to_fastai(g), known) for g in groups]
         states = [state_dict['state'].get(i, {}) for i in ids]
         sd = dict(state=states, hypers=hypers)
+        if self._is_of_inner(state_dict, states):
+            for f in self.inner.declared.guests: sd = f.unpack(self.inner, state_dict)
         self.inner.check_state_dict(sd)
         super().load_state_dict(state_dict)
+        self.__dict__.pop('state', None) # PyTorch's copy, which the property hides
         self.inner.load_state_dict(sd)
         for g,h in zip(self.param_groups, self.inner.hypers): self._show(g, h)
 
@@ -548,8 +558,11 @@ def _doc_of(f, name, params):
     return '\n\n'.join([title, 'Parameters:\n' + '\n'.join(lines), example])
 
 def _class_name(f):
-    "`RangerMuon` for `ranger_muon`"
-    name = getattr(f, '__name__', 'torch_optimizer')
+    "`RangerMuon` for `ranger_muon`, `LookaheadSGD` for `lookahead(SGD)`"
+    if isinstance(f, partial):
+        inner = f.keywords.get('opt_func')
+        return _class_name(f.func) if inner is None else f.keywords.get('label', '').capitalize() + _class_name(inner)
+    name = getattr(f, '__name__', 'steppers')
     return ''.join(o[:1].upper()+o[1:] for o in name.split('_'))
 
 def as_torch(
@@ -561,7 +574,7 @@ def as_torch(
         raise TypeError(f"`opt_func` must be a function that makes an optimizer, got {opt_func!r}")
     is_partial = isinstance(opt_func, partial)
     f = opt_func.func if is_partial else opt_func
-    name = _class_name(f)
+    name = _class_name(opt_func)
     module = __name__ if is_partial else getattr(f, '__module__', __name__)
     made = getattr(sys.modules.get(module), name, None)
     if getattr(made, 'opt_func', None) is opt_func: return made

@@ -1,5 +1,5 @@
 "`route`, flags and `around`: a user's own optimizers"
-import copy, pickle
+import copy, pickle, warnings
 from functools import partial
 
 import fastai.optimizer as stock
@@ -240,3 +240,106 @@ def test_a_stepper_changes_the_gradient_of_pytorchs():
 def test_what_from_torch_refuses():
     for o in (stock.SGD, 3, sgd_step):
         with pytest.raises(TypeError, match='`opt` must be an optimizer of PyTorch or a class of them'): from_torch(o)
+
+# What reading found
+
+def test_a_keyword_of_a_partial_is_fixed():
+    "in a route, and beside a stepper that has a hyper of that name"
+    def decays(*cbs):
+        p = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        opt = MultiTensorOptimizer([p], list(cbs), lr=.1)
+        p.grad = torch.zeros_like(p)
+        opt.step()
+        return p[0].item()
+    half = partial(weight_decay, wd=.5)
+    for cbs in ([half, sgd_step], [route('do_x', [half, sgd_step], [sgd_step], by=True)], [half, weight_decay, sgd_step]): assert decays(*cbs) == pytest.approx(.95)
+
+def test_generators_select():
+    m = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    opt = muon(m.parameters(), lr=.1, hidden=lambda m: (o.weight for o in m[:1]))
+    opt.set_flags(m)
+    assert [p is m[0].weight for p in opt.params_with('do_muon')] == [True]
+    opt.set_flag('do_muon', (o.weight for o in m[1:]), True)
+    assert len(opt.params_with('do_muon')) == 3
+    with pytest.raises(ValueError, match='there is no flag `do_muno`: known are do_muon, do_wd'): opt.set_flag('do_muno', m.parameters(), True)
+
+def test_flags_of_routes_in_routes_stay():
+    inner = route('do_b', [average_grad, momentum_step, step_stat], [sgd_step], by=True)
+    ps = params()
+    opt = MultiTensorOptimizer(ps, [route('do_a', [inner], [sgd_step], by=True), fused_averages], lr=.1, mom=.9, sqr_mom=.99)
+    go(opt, ps, 3)
+    opt.set_flag('do_b', ps[:1], False)
+    opt.set_flag('do_a', ps[:1], False)
+    opt.set_flag('do_b', ps[:1], True)
+    assert not opt.has_flag('do_a', ps[0]) and opt.has_flag('do_b', ps[0]) and opt.state[ps[0]]['step'] > 0 # that of `fused_averages`
+
+@pytest.mark.parametrize('f', [partial(torch.optim.Adam, lr=.1), partial(stock.Adam, lr=.1)])
+def test_state_of_what_is_built_stays(f):
+    ps,qs = params(),params()
+    plain,inside = f(ps),f(qs)
+    go(plain, ps, 5), go(inside, qs, 5)
+    opt = lookahead(inside, k=100)
+    opt.state_dict()
+    go(plain, ps, 5, 5), go(opt, qs, 5, 5)
+    assert all(map(torch.allclose, ps, qs))
+
+def test_checkpoints_of_the_optimizer_inside():
+    "plain, or of `lookahead`, into `as_torch` of it"
+    f = partial(torch.optim.SGD, momentum=.9)
+    for made in (f, lookahead(f)):
+        ps,qs = params(),params()
+        opt,other = made(ps, lr=.1),as_torch(lookahead(f))(qs, lr=.3)
+        go(opt, ps, 4)
+        with torch.no_grad():
+            for p,q in zip(ps, qs): q.copy_(p)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # slow weights start anew
+            other.load_state_dict(through_a_file(opt.state_dict()))
+        go(opt, ps, 2, 4), go(other, qs, 2, 4)
+        assert all(map(torch.allclose, ps, qs)) and other.param_groups[0]['lr'] == .1
+
+def test_a_group_that_was_added_has_its_state():
+    f = as_torch(lookahead(partial(torch.optim.SGD, momentum=.9)))
+    def made(ps):
+        opt = f(ps[:1], lr=.1)
+        opt.add_param_group(dict(params=ps[1:]))
+        return opt
+    ps,qs = params(),params()
+    opt,other = made(ps),made(qs)
+    go(opt, ps, 4)
+    other.load_state_dict(through_a_file(opt.state_dict()))
+    assert all('inner' in other.state[q] for q in qs)
+
+def test_weights_that_come_back_bring_anchored_state_alone():
+    ps = params()
+    opt = ranger_muon(ps, lr=.1)
+    go(opt, ps, 3)
+    old = [p.detach().clone() for p in ps]
+    def load(values):
+        opt.before_load(ps)
+        with torch.no_grad():
+            for p,v in zip(ps, values): p.copy_(v)
+        opt.after_load(ps)
+    load([torch.zeros_like(p) for p in ps])
+    opt.set_flag('do_muon', ps[:1], False)
+    load(old)
+    assert 'slow' in opt.state[ps[0]] and not {'grad_avg', 'step'} & set(opt.state[ps[0]])
+
+@pytest.mark.parametrize('opt_func', [torch.optim.SGD, partial(stock.SGD, mom=0.), ranger])
+def test_hypers_of_the_steppers_around(opt_func):
+    "are theirs, also where PyTorch's optimizer has one of that name"
+    opt = around(opt_func, [weight_decay], wd=.5)(params(), lr=.1)
+    assert opt.hypers[0]['wd'] == .5 and not any(g.get('weight_decay') for f in opt.declared.guests for g in f.torch.param_groups)
+
+def test_one_optimizer_of_pytorch():
+    with pytest.raises(ValueError, match='`cbs` can have one optimizer of PyTorch, got 2'): MultiTensorOptimizer(params(), [from_torch(torch.optim.SGD), from_torch(torch.optim.Adam)], lr=.1)
+
+def test_no_synchronising_in_a_route():
+    with pytest.raises(ValueError, match='lookahead_step synchronises slow weights: put it after the route'): route('do_x', [slow_weights, sgd_step, lookahead_step], [sgd_step], by=True)
+
+def test_options_of_a_group():
+    for k in ('rectified', 'decouple_wd'):
+        with pytest.raises(ValueError, match=f'ranger cannot have {k}=False'): Ranger([dict(params=params(), **{k: False})], lr=.1)
+    Ranger([dict(params=params(), rectified=True)], lr=.1)
+
+def test_names_of_classes(): assert [as_torch(o).__name__ for o in (lookahead(torch.optim.SGD), diloco(ranger), ranger_muon)] == ['LookaheadSGD', 'DilocoRanger', 'RangerMuon']

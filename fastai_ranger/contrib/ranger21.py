@@ -102,7 +102,7 @@ def pnm_step(p, grad, lr, mom, sqr_mom, eps, beta, step, sqr_avg,
         else: torch._foreach_add_(w, num, alpha=-lr*scale)
 
 # %% ../../nbs/contrib/ranger21.ipynb #3cd24263
-@stepper(hypers=dict(wd=common['wd']), scope='all')
+@stepper(hypers=dict(wd=common['wd']), scope='all', flags='do_wd')
 def stable_decay(p, grad, lr, wd, sqr_avg, step, sqr_mom, do_wd=(), **kwargs):
     "Decay `p` by `lr*wd` over the root of the mean of all debiased `sqr_avg`"
     dtype = torch.float32
@@ -119,7 +119,7 @@ def stable_decay(p, grad, lr, wd, sqr_avg, step, sqr_mom, do_wd=(), **kwargs):
         torch._foreach_mul_(ps, factor.to(device))
 
 # %% ../../nbs/contrib/ranger21.ipynb #843444d9
-@stepper(hypers=dict(norm_loss=hyper(1e-4, 0), eps=hyper(1e-8, 0)), shards='none')
+@stepper(hypers=dict(norm_loss=hyper(1e-4, 0), eps=hyper(1e-8, 0)), shards='none', flags='do_wd')
 def norm_loss_step(p, grad, lr, eps,
     norm_loss, # Strength of the pull
     do_wd=True, **kwargs

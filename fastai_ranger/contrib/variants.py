@@ -164,7 +164,7 @@ def ranger_va(params, lr:float|slice, *, # Default learning rate
 _share = dict(lo=0, hi=1, closed=True)
 
 @stepper(state=fused_radam_step.state,
-         hypers=dict(wd=common['wd'], eps=hyper(1e-8, 0), nu_1=hyper(.7, **_share), nu_2=hyper(1., **_share)))
+         hypers=dict(wd=common['wd'], eps=hyper(1e-8, 0), nu_1=hyper(.7, **_share), nu_2=hyper(1., **_share)), flags='do_wd')
 def qh_step(p, grad, lr, mom, sqr_mom, eps, step, grad_avg, sqr_avg,
     nu_1, # Share of the average in the numerator
     nu_2, # Share of the average in the denominator
@@ -216,7 +216,7 @@ def ranger_qh(params, lr:float|slice, *, # Default learning rate
 
 # %% ../../nbs/contrib/variants.ipynb #1b1cc07a
 @stepper(state=dict(step=0, grad_avg=torch.zeros_like, var_avg=torch.zeros_like),
-         hypers=dict(wd=common['wd'], eps=hyper(1e-12, 0), sqr_mom=radam_step.hypers['sqr_mom']))
+         hypers=dict(wd=common['wd'], eps=hyper(1e-12, 0), sqr_mom=radam_step.hypers['sqr_mom']), flags='do_wd')
 def adabelief_step(p, grad, lr, mom, sqr_mom, step, grad_avg,
     var_avg, # Averages of the squared distances of the gradients from `grad_avg`
     eps, # Added to the denominator, and to `var_avg` in each update

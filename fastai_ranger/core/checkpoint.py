@@ -139,15 +139,17 @@ def fit_state(
     saved_flags = {k: v for k,v in saved.items() if isinstance(v, bool)}
     fresh = declared.fresh(p, {**flags, **saved_flags})
     for k in declared.starters.keys() & saved.keys(): check_value(k, name, saved[k], fresh.get(k, p))
-    taken = saved.keys() - declared.starters.keys() - notes_of_01 | saved.keys() & declared.flags.keys()
+    not_declared = saved.keys() - declared.starters.keys() - notes_of_01
+    taken = not_declared | (saved.keys() & declared.flags.keys())
     there = saved.keys()
     if saved.get('replaced'): there = there - declared.anchored # version 0.1 had dropped them
-    if 'step' in fresh and 'step' not in there: there = set() # averages are useless without their count
+    if 'step' in fresh and 'step' not in there: there = there & declared.anchored # no averages without their count
     for f in declared.leaves:
-        for part in set(f.state)-set(f.anchored), set(f.anchored):
-            if not part & fresh.keys() <= there: continue # incomplete: it starts anew
-            optional = {k for k in part if f.state[k] is None}
-            taken = taken | part & there & (fresh.keys() | optional)
+        optional = {k for k,start in f.state.items() if start is None}
+        anchored = set(f.anchored)
+        for part in set(f.state)-anchored, anchored:
+            is_whole = part & fresh.keys() <= there
+            if is_whole: taken = taken | (part & there & (fresh.keys() | optional))
     return {k: copied(saved[k], p, fresh.get(k)) for k in saved if k in taken}
 
 # %% ../../nbs/core/checkpoint.ipynb #74d20123

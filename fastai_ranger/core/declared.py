@@ -63,6 +63,14 @@ class Declared:
     def names(self): # of hypers
         return {k for o in self.ranges for k in o}
 
+    def option(self,
+        k # Its name
+    ): # `None` if no stepper has it
+        "The value of an option: that of a `partial`, or its default"
+        if k in self.settled: return self.settled[k]
+        for f in self.leaves:
+            if k in f.keywords: return f.keywords[k]
+
     def check_hyper(self,
         k, # Its name
         v # A value

@@ -96,7 +96,7 @@ def sync(self:MultiTensorOptimizer):
         count = state['slow_step']
         state['slow_step'] = 0 # a multiple of every `k`
         for f,settled in calls:
-            own = {**settled, **hypers}
+            own = {**hypers, **settled}
             if not moved and count%own['k']==0: continue # already synchronised
             values = dict(state)
             for k,v in state.items():

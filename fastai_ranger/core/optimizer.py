@@ -49,10 +49,11 @@ def _bind(cbs, groups, hypers):
     "`cbs`, where each stepper of `from_torch` holds an optimizer of `groups`"
     declared = Declared(cbs)
     if not declared.guests: return cbs
+    if len(declared.guests) > 1: raise ValueError(f"`cbs` can have one optimizer of PyTorch, got {len(declared.guests)}")
     others = set()
     for f in declared.fs:
         if not f.is_guest: others |= f.hypers.keys()
-    return L(cb.bind(groups, hypers, others) if f.is_guest else cb for cb,f in zip(cbs, declared.fs))
+    return L(f.bind(groups, hypers, others) if f.is_guest else cb for cb,f in zip(cbs, declared.fs))
 
 class MultiTensorOptimizer(Optimizer):
     "An `Optimizer` that calls each stepper of `cbs` once for all parameters of one bucket"
@@ -170,14 +171,18 @@ class MultiTensorOptimizer(Optimizer):
         value:bool # Should they have it?
     ):
         "Set a flag of `params`; state is dropped if the parameter is routed to other steppers"
+        flags,starters = self.declared.flags,self.declared.starters
+        if name not in flags: raise ValueError(f"there is no flag `{name}`: known are {', '.join(sorted(flags))}")
+        params = list(params)
         if value:
-            for p in params: self.declared.flags[name].check("a parameter", p)
+            for p in params: flags[name].check("a parameter", p)
         for p in params:
             state = self.state[p]
-            if self.has_flag(name, p) is value and name not in state: continue
-            if self.has_flag(name, p) is not value and name in self.declared.routes:
-                for k in self.declared.starters[name].state: state.pop(k, None)
-            state[name] = value
+            changes = self.has_flag(name, p) is not value
+            if changes and name in self.declared.routes:
+                for k in starters[name].state:
+                    if k not in flags and starters[k] is starters[name]: state.pop(k, None)
+            if changes or name in state: state[name] = value
 
     def select_flag(self,
         name, # Of a flag
@@ -187,6 +192,7 @@ class MultiTensorOptimizer(Optimizer):
         "Set a flag for the parameters that `select` returns, and clear it for all others of `model`"
         found = select(model)
         if isinstance(found, dict): found = found.values()
+        if isinstance(found, Iterable): found = list(found) # it may be a generator
         names = {p: k for k,p in model.named_parameters()}
         if not isinstance(found, Iterable) or not all(isinstance(p, Parameter) and p in names for p in found):
             raise ValueError(f"the function that selects `{name}` must return parameters of the model, or a dict of "
@@ -340,7 +346,7 @@ class MultiTensorOptimizer(Optimizer):
             try:
                 p.grad = grad
                 for f,settled in calls:
-                    res = f.f(p, **{**state, **settled, **hypers})
+                    res = f.f(p, **{**state, **hypers, **settled})
                     if isinstance(res, dict): state.update(res)
                 if p.grad is not own[p]: changed[p] = p.grad
             finally: p.grad = own[p]
@@ -409,10 +415,16 @@ class MultiTensorOptimizer(Optimizer):
                 continue
             known['is_back'] = _same_numbers(local([p])[0], known['weights'])
             if not known['is_back']: self._drop_anchored([p])
-            elif not known['state'].keys() <= self.state[p].keys():
-                whole = {**known['state'], **self.state[p]}
-                self.state[p].clear()
-                self.state[p].update(whole)
+            else: self._put_back(p, known['state'])
+
+    def _put_back(self, p, old):
+        "Restore the anchored state that `p` lacks, in the order of before"
+        state = dict(self.state[p])
+        lost = self.declared.anchored & old.keys() - state.keys()
+        if not lost: return
+        self.state[p].clear()
+        for k in [*old, *state]:
+            if k in state or k in lost: self.state[p][k] = state.get(k, old.get(k))
 
     # Checkpoints
 

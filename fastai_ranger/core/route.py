@@ -42,9 +42,10 @@ class Route(Stepper):
     def _add(self, f, settled):
         if f.scope != 'alike':
             raise ValueError(f"a route needs steppers of scope 'alike', {f.__name__} has '{f.scope}'")
+        if f.syncs: raise ValueError(f"{f.__name__} synchronises slow weights: put it after the route, not into it")
         self.state.update(f.state)
         self.flags.update(f.flags)
-        self.hypers.update(f.hypers)
+        self.hypers.update({k: o for k,o in f.hypers.items() if k not in settled})
         self.routes += f.routes
         self.anchored += f.anchored
         self.leaves += f.leaves

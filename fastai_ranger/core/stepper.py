@@ -186,9 +186,11 @@ class Stepper:
         self.shards = 'none' if scope=='all' else shards
         self.syncs = syncs
         self.needs = set()
+        self.keywords = {} # that have a default
         for k,o in list(args.items())[2:]:
             if o.default is o.empty and o.kind is o.POSITIONAL_OR_KEYWORD: self.needs.add(k)
-            if isinstance(o.default, bool): self.options.setdefault(k, switch)
+            if isinstance(o.default, bool) and k not in self.flags: self.options.setdefault(k, switch)
+            if o.default is not o.empty: self.keywords[k] = o.default
         _check_declaration(self, args)
 
     @property
@@ -219,7 +221,7 @@ class Stepper:
         same_layout=False # Are gradients and all state known to have the strides of `p`?
     )->dict: # New state, and `grad` if it changed; or `None`
         "Update the parameters `p`"
-        values = {**state, **(settled or {}), **(hypers or {})}
+        values = {**state, **(hypers or {}), **(settled or {})}
         if self.dense and not same_layout: return _call_dense(self, p, grad, values, self.state)
         return self.f(p, grad, **values)
 
@@ -231,7 +233,7 @@ class Stepper:
     )->dict: # As for `run`
         "Update all parameters in one call, for the scope `all`"
         ps,grads,states,hypers = zip(*rows)
-        each = [{**state, **settled, **h} for state,h in zip(states, hypers)]
+        each = [{**state, **h, **settled} for state,h in zip(states, hypers)]
         lists = {}
         for k in merge(*each): lists[k] = [o.get(k) for o in each]
         return self.f(list(ps), list(grads), **lists)

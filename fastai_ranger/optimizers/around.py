@@ -115,6 +115,8 @@ def _wrap(opt, opt_func, before, after, label, hypers):
     cbs,own = _steppers_of(opt)
     res = MultiTensorOptimizer(opt.param_lists, [*before, *cbs, *after], **{**own, **hypers})
     res.state.update(opt.state)
+    res.frozen_idx = opt.frozen_idx
+    for f in res.declared.guests: f.loaded(res) # the state that it has
     res.name = f"{label}({name_of(opt_func)})"
     return res
 
@@ -126,8 +128,10 @@ def lr_of(
     return {'lr': keywords['lr']} if 'lr' in keywords else {}
 
 def _around(params, opt_func, before, after, label, **kwargs):
-    own = _own_names([*before, *after]) & kwargs.keys()
-    hypers = {k: kwargs.pop(k) for k in own}
+    steppers = [*before, *after]
+    hypers = {k: kwargs[k] for k in _ranges_of(steppers).keys() & kwargs.keys()}
+    shared = set() if torch_class(opt_func) else common.keys() # PyTorch's optimizers have hypers of their own
+    for k in hypers.keys() - shared - {'lr'}: del kwargs[k]
     opt = make_opt(params, opt_func, **kwargs)
     return _wrap(opt, opt_func, before, after, label, hypers)
 

@@ -96,7 +96,7 @@ def is_matrix(
     p # A parameter
 )->bool:
     "Is `p` a matrix, or filters of a convolution, with more than one row and column?"
-    if p.ndim < 2 or p.is_nested or len(p) < 2 or p.numel()==len(p): return False
+    if p.ndim < 2 or p.is_nested or len(p) < 2 or p.numel() <= len(p): return False
     return p.ndim==2 or p.shape[1] > 1 # not the filters of a depthwise convolution
 
 # %% ../../nbs/optimizers/muon.ipynb #6a11e002
