@@ -466,9 +466,13 @@ class TorchOptimizer(torch.optim.Optimizer, metaclass=_ByName):
 
     def _is_of_inner(self, state_dict, states):
         "Is it a checkpoint of the PyTorch optimizer inside, or of Lookahead around it?"
-        declared = self.inner.declared
-        if not declared.guests: return False
-        return 'lookahead' in state_dict or not any({'inner', *declared.starters} & s.keys() for s in states)
+        if 'lookahead' in state_dict: return bool(self.inner.declared.guests)
+        for f in self.inner.declared.guests:
+            own = to_torch(_without(self.inner.hypers[0], f.names)) # hypers that PyTorch's optimizer lacks
+            if own: return any(not own.keys() <= g.keys() for g in state_dict['param_groups'])
+            trained = [s for s in states if self.inner.was_trained(s)]
+            return bool(trained) and not any('inner' in s for s in trained)
+        return False
 
     def load_state_dict(self,
         state_dict:dict # A checkpoint of `state_dict`

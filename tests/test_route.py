@@ -298,6 +298,16 @@ def test_checkpoints_of_the_optimizer_inside():
         go(opt, ps, 2, 4), go(other, qs, 2, 4)
         assert all(map(torch.allclose, ps, qs)) and other.param_groups[0]['lr'] == .1
 
+@pytest.mark.parametrize('opt_func', [lookahead(torch.optim.AdamW), lookahead(torch.optim.SGD), around(torch.optim.AdamW, [centralize])])
+def test_a_checkpoint_before_the_first_step(opt_func):
+    "of `as_torch`, with flags alone, is not taken for one of PyTorch's"
+    ps,qs = params(),params()
+    opt,other = as_torch(opt_func)(ps, lr=.1),as_torch(opt_func)(qs, lr=.3)
+    opt.inner.state[ps[1]]['do_wd'] = False
+    other.load_state_dict(through_a_file(opt.state_dict()))
+    assert other.state[qs[1]] == {'do_wd': False} and other.param_groups[0]['lr'] == .1
+    assert equal(go(opt, ps, 8), go(other, qs, 8))
+
 def test_a_group_that_was_added_has_its_state():
     f = as_torch(lookahead(partial(torch.optim.SGD, momentum=.9)))
     def made(ps):

@@ -439,10 +439,14 @@ class MultiTensorOptimizer(Optimizer):
         states = []
         for p in self._params:
             state = self.state[p]
-            states.append(self.declared.with_anchored(p, state) if self._was_trained(state) else dict(state))
+            states.append(self.declared.with_anchored(p, state) if self.was_trained(state) else dict(state))
         return dict(state=states, hypers=plain_hypers(self.hypers))
 
-    def _was_trained(self, state): return bool(set(state) - set(self._keep_on_clear))
+    def was_trained(self,
+        state # Of a parameter
+    )->bool:
+        "Is there more in `state` than flags?"
+        return bool(set(state) - set(self._keep_on_clear))
 
     def load_state_dict(self, sd:dict):
         "Load hypers and state from `sd`, a checkpoint of any fastai optimizer; `ValueError` before any change"
@@ -473,7 +477,7 @@ class MultiTensorOptimizer(Optimizer):
         for (name,p),saved in zip(named, sd['state']):
             kept = {k: v for k,v in self.state[p].items() if k in self._keep_on_clear}
             states.append({**kept, **fit_state(name, p, saved, kept, self.declared)})
-            if self._was_trained(saved): needed |= self.declared.fresh(p, states[-1]).keys()
+            if self.was_trained(saved): needed |= self.declared.fresh(p, states[-1]).keys()
         lacks = needed.difference(*states) - self.declared.flags.keys()
         return hypers,states,[f'`{k}`' for k in self.declared.starters if k in lacks]
 
