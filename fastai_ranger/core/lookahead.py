@@ -30,8 +30,7 @@ def slow_weights(p, grad, slow_step,
 # %% ../../nbs/core/lookahead.ipynb #11151d89
 def _synchronise(p, slow, alpha):
     "Interpolate `slow` towards `p` by `alpha` and copy the result to `p`; `slow` is kept for non-finite values of `p`"
-    def lie_alike(): return strides(p)==strides(slow) and list(map(torch.Tensor.size, p))==list(map(torch.Tensor.size, slow))
-    if p[0].is_cuda and lie_alike():
+    if p[0].is_cuda and strides(p)==strides(slow) and all(w.shape==s.shape for w,s in zip(p, slow)):
         follow(p, slow, alpha)
         torch._foreach_copy_(p, slow)
     else:
@@ -90,7 +89,8 @@ def sync(self:MultiTensorOptimizer):
     rows = self._with_slow_weights()
     calls = [(f, settled) for f,settled in self.declared.calls if f.syncs]
     if not calls:
-        raise ValueError("no stepper of this optimizer synchronises: declare the one that does with @stepper(..., syncs=True)")
+        raise ValueError("no stepper of this optimizer synchronises: declare the one that does with "
+                         "@stepper(..., syncs=True)")
     for p,state,hypers in rows:
         moved = 'fast' in state or not torch.equal(*local([p, state['slow']])) # after clipping, for example
         count = state['slow_step']
